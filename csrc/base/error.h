@@ -1,0 +1,53 @@
+// The one family of errors. A message says who, what, where and what to do; `peers` holds global ranks, sorted.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace pyar {
+
+// Values are stored in shared memory and sent on wires: append only.
+enum class Cause : int { kSystem = 0, kUsage = 1, kPeer = 2, kTimeout = 3, kMismatch = 4 };
+
+// Root, and itself the type of failures of the operating system (no memory, no descriptors).
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const std::string& message, std::vector<int> peers = {},
+                 Cause cause = Cause::kSystem)
+      : std::runtime_error(message), peers_(std::move(peers)), cause_(cause) {}
+  const std::vector<int>& peers() const { return peers_; }
+  Cause cause() const { return cause_; }
+
+ private:
+  std::vector<int> peers_;
+  Cause cause_;
+};
+
+// The caller's mistake, found before anything was sent; the communicator stays usable.
+struct UsageError : Error {
+  explicit UsageError(const std::string& message) : Error(message, {}, Cause::kUsage) {}
+};
+// `peers` died: process exit, connection reset, communicator closed.
+struct PeerError : Error {
+  PeerError(const std::string& message, std::vector<int> peers)
+      : Error(message, std::move(peers), Cause::kPeer) {}
+};
+// `peers` had not arrived by the deadline.
+struct TimeoutError : Error {
+  TimeoutError(const std::string& message, std::vector<int> peers)
+      : Error(message, std::move(peers), Cause::kTimeout) {}
+};
+// `peers` called something else than the majority.
+struct MismatchError : Error {
+  MismatchError(const std::string& message, std::vector<int> peers)
+      : Error(message, std::move(peers), Cause::kMismatch) {}
+};
+
+// Throws the member of the family that `cause` names: errors that another rank reported.
+[[noreturn]] void throw_error(Cause cause, const std::string& message, std::vector<int> peers);
+// Throws Error("<what>: <strerror(errno)>").
+[[noreturn]] void throw_errno(const std::string& what);
+
+}  // namespace pyar

@@ -1,0 +1,60 @@
+#include "memory/fd.h"
+
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace pyar {
+
+void send_message(const Fd& socket, const void* message, size_t bytes, int attached) {
+  iovec part{const_cast<void*>(message), bytes};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr header{};
+  header.msg_iov = &part;
+  header.msg_iovlen = 1;
+  if (attached >= 0) {
+    header.msg_control = control;
+    header.msg_controllen = sizeof control;
+    cmsghdr* rights = CMSG_FIRSTHDR(&header);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(rights), &attached, sizeof attached);
+  }
+  ssize_t sent;
+  do sent = sendmsg(socket.get(), &header, MSG_NOSIGNAL);
+  while (sent < 0 && errno == EINTR);
+  if (sent < 0) throw_errno("cannot send to a rank of this host");
+}
+
+bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes,
+                         Received& received) {
+  iovec part{message, capacity_bytes};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+  msghdr header{};
+  header.msg_iov = &part;
+  header.msg_iovlen = 1;
+  header.msg_control = control;
+  header.msg_controllen = sizeof control;
+  const ssize_t got = recvmsg(socket.get(), &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  if (got < 0) {
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return false;
+    if (errno != ECONNRESET) throw_errno("cannot receive from a rank of this host");
+  }
+  received = {got < 0 ? 0 : static_cast<size_t>(got), Fd()};
+  const cmsghdr* rights = got < 0 ? nullptr : CMSG_FIRSTHDR(&header);
+  if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS &&
+      rights->cmsg_len == CMSG_LEN(sizeof(int))) {
+    int attached;
+    std::memcpy(&attached, CMSG_DATA(rights), sizeof attached);
+    received.attached = Fd(attached);
+  }
+  if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
+    throw Error("a rank of this host sent a message that is too long; do the versions differ?");
+  return true;
+}
+
+}  // namespace pyar
