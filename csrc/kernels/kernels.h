@@ -1,0 +1,61 @@
+// Pure functions over spans: no allocation, no threads, no waiting. Their bits do not depend on the
+// instruction set. Pointers need the alignment of one element only. A destination may be a source
+// (the same pointer); otherwise spans do not overlap. NaN results are the positive quiet NaN.
+#pragma once
+
+#include <cstddef>
+#include <string_view>
+#include <vector>
+
+#include "base/dtype.h"
+#include "kernels/sgd_rule.h"
+
+namespace pyar {
+
+// The same kernels, compiled for one instruction set.
+struct KernelTable;
+
+// Of this CPU, the best first. "baseline" runs everywhere.
+std::vector<std::string_view> isas();
+// nullptr: unknown, or this CPU lacks it.
+const KernelTable* table_for(std::string_view isa);
+std::string_view active_isa();
+// Chooses what calls without a table use; at start-up that is isas()[0]. False changes nothing.
+bool select_isa(std::string_view isa);
+
+struct ReduceSpans {
+  const void* const* sources;
+  size_t num_sources;  // at least 1
+  void* const* destinations;
+  size_t num_destinations;
+  size_t num_elems;
+};
+
+// In one pass: element i of all sources is combined in source order in the accumulator (float for
+// the 16-bit floats, else the type itself), multiplied by `scale` if op is kAvg, rounded once,
+// written to every destination. Integers wrap and have no kAvg (UsageError); min and max return NaN
+// if any source holds one.
+void reduce(DType dtype, Op op, double scale, const ReduceSpans& spans,
+            const KernelTable* table = nullptr);
+
+// float32 from or to a 16-bit float, else UsageError. The spans do not overlap.
+void convert(DType from, const void* source, DType to, void* destination, size_t num_elems,
+             const KernelTable* table = nullptr);
+
+struct SgdSpans {
+  void* const* gradients;
+  size_t num_gradients;  // at least 1
+  void* const* weights;  // copies of the same values: read from the first, written to all
+  size_t num_weights;
+  void* momentum;  // nullptr: SGD without momentum
+  size_t num_elems;
+  bool zero_gradients;
+};
+
+// In one pass: g = scale * (sum of the gradients in order), rounded to the storage type, then
+// sgd_rule.h in the accumulator type. The bits are those of reduce(kAvg) followed by sgd() of the
+// result. Floating dtypes only.
+void sgd(DType dtype, const SgdScalars& scalars, double scale, const SgdSpans& spans,
+         const KernelTable* table = nullptr);
+
+}  // namespace pyar
