@@ -1,0 +1,58 @@
+// A collective on real bytes: the one interface the engine sees.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "base/dtype.h"
+#include "base/wait.h"
+
+namespace pyar {
+
+struct Span {
+  void* data;
+  size_t num_elems;
+  DType dtype;
+  size_t bytes() const { return num_elems * size_of(dtype); }
+};
+
+struct ConstSpan {
+  const void* data;
+  size_t num_elems;
+  DType dtype;
+  ConstSpan(const void* data, size_t num_elems, DType dtype)
+      : data(data), num_elems(num_elems), dtype(dtype) {}
+  ConstSpan(const Span& span) : ConstSpan(span.data, span.num_elems, span.dtype) {}
+  size_t bytes() const { return num_elems * size_of(dtype); }
+};
+
+// What a call carries besides its arguments.
+struct Call {
+  uint64_t sequence;  // the how-manyeth collective of this communicator, from 1; equal on all ranks
+  uint64_t layout;    // hash of what the caller believes the buffer holds; 0 when it has no opinion
+  Deadline deadline;
+  Patience patience;
+  double* arrivals_s = nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
+  const std::function<void()>* on_slice = nullptr;  // runs every kWatchSliceS of a wait; may throw
+};
+
+// Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws PeerError,
+// TimeoutError or MismatchError (base/error.h), after which the group must not be used again. Arguments have been
+// checked by the engine; buffers of the two-buffer methods do not overlap.
+class Group {
+ public:
+  virtual ~Group() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  virtual void all_reduce(Span data, Op op, const Call& call) = 0;
+  // input holds `size` shards of output.num_elems; rank r gets the reduction of shard r.
+  virtual void reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) = 0;
+  // output receives the ranks' inputs in rank order.
+  virtual void all_gather(Span output, ConstSpan input, const Call& call) = 0;
+  virtual void broadcast(Span data, int root, const Call& call) = 0;
+  virtual void barrier(const Call& call) = 0;
+};
+
+}  // namespace pyar

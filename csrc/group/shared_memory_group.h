@@ -1,0 +1,133 @@
+// The ranks of one host. Vocabulary: a *part* is one rank's share of a symmetric buffer; a *turn* is one half of the
+// staging slots, halves alternate; a *shard* is what one rank reduces; a *phase* is one barrier among all ranks.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "group/fingerprint.h"
+#include "group/group.h"
+#include "kernels/sgd_rule.h"
+#include "memory/futex.h"
+#include "memory/host_link.h"
+#include "memory/segment.h"
+
+namespace pyar {
+
+// One part per rank in one segment (or, with one_copy, a single part that all ranks see). Lives as long as anyone
+// holds it, also after the group is gone.
+struct SymmetricBuffer {
+  Segment segment;
+  uint64_t id;         // equal on all ranks: the how-manyeth allocation
+  size_t part_stride;  // bytes between the parts of neighbouring ranks; 0 with one_copy
+  size_t part_bytes;
+  char* part(int rank) const {
+    return segment.data() + static_cast<size_t>(rank) * part_stride;
+  }
+};
+
+// One parameter inside a bucket.
+struct UpdatePiece {
+  size_t begin, num_elems;  // in elements of the bucket
+  SgdScalars scalars;
+};
+
+// A bucket whose reduction and SGD step are one pass. gradients and weights are symmetric buffers of the same layout:
+// the pieces, then (gradients only) one flag per piece from element flags_begin on, non-zero where this rank has
+// used the parameter. A piece that no rank has used keeps weight and momentum.
+struct BucketUpdate {
+  Span gradients, weights;
+  void* momentum;  // in a one_copy buffer, layout of the pieces; null: none
+  std::span<const UpdatePiece> pieces;
+  size_t flags_begin;
+  Op op;  // sum or avg
+};
+
+class SharedMemoryGroup final : public Group {
+ public:
+  // Collective over the ranks of the link.
+  SharedMemoryGroup(HostLink link, const Deadline& deadline);
+
+  int rank() const override { return link_.local_rank(); }
+  int size() const override { return link_.local_size(); }
+
+  void all_reduce(Span data, Op op, const Call& call) override;
+  void reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) override;
+  void all_gather(Span output, ConstSpan input, const Call& call) override;
+  void broadcast(Span data, int root, const Call& call) override;
+  void barrier(const Call& call) override;
+
+  std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy,
+                                            const Call& call);
+  // Gradients are zero afterwards; the weights are equal on all ranks.
+  void update(const BucketUpdate& bucket, const Call& call);
+
+  // From any thread: waits in progress and to come end with an Error.
+  void interrupt() { interrupted_.store(true, std::memory_order_relaxed); }
+  // Tells the others that this rank will not come again.
+  void leave();
+
+ private:
+  // What a rank tells the others when it arrives at a call.
+  struct alignas(kCacheLine) Notice {
+    Fingerprint fingerprint;
+    uint64_t buffer_id, offset_bytes;  // where in a symmetric buffer its data lie; id 0: nowhere
+    double arrived_s;
+  };
+  // The first error of a rank, for those who wait for it.
+  struct Report {
+    static constexpr uint32_t kMaxPeers = 64;
+    std::atomic<uint32_t> is_set;
+    int32_t cause;
+    uint32_t num_peers;
+    int32_t peers[kMaxPeers];
+    char message[1024];
+  };
+  // All that a rank writes for the others to read, except data.
+  struct alignas(4096) Page {
+    PhaseFlag flag;
+    // Alternate: a rank may announce its next call while a slow one still reads the notice of this one; it cannot be
+    // two calls ahead, since each call waits for all.
+    Notice notices[2];
+    std::atomic<uint32_t> has_left;
+    Report report;
+  };
+  struct Location {
+    std::shared_ptr<SymmetricBuffer> buffer;  // null: an ordinary tensor
+    size_t offset_bytes = 0;
+    char* part(int rank) const { return buffer->part(rank) + offset_bytes; }
+  };
+
+  Page& page(int rank) const { return reinterpret_cast<Page*>(control_.data())[rank]; }
+  char* slot(int rank, unsigned turn) const;
+  Location locate(const void* data, size_t bytes);
+  Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
+                          const Call& call) const;
+
+  // Announces the call, waits until all have announced theirs, compares. True if all data lie at the same place of
+  // the same symmetric buffer, that is, may be used without staging.
+  bool arrive(const Fingerprint& mine, const Location& where, const Call& call);
+  // A barrier: what any rank wrote before is visible to all ranks after.
+  void next_phase(const Call& call);
+  void watch(uint32_t phase, bool late, const Call& call);
+  template <typename Body>
+  void guarded(Body body);
+  void report(const Error& error);
+
+  HostLink link_;
+  Segment control_;  // pages of all ranks, then slots of all ranks
+  uint32_t phase_ = 0;
+  unsigned turn_ = 0;
+  Fingerprint current_{};  // for messages
+  std::atomic<bool> interrupted_{false};
+  std::mutex buffers_mutex_;
+  std::vector<std::weak_ptr<SymmetricBuffer>> buffers_;
+  uint64_t num_allocated_ = 0;
+};
+
+}  // namespace pyar
