@@ -1,0 +1,232 @@
+// One rank's engine over the ranks of its host.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <thread>
+
+#include "base/error.h"
+#include "bindings/rooms.h"
+#include "engine/engine.h"
+#include "group/shared_memory_group.h"
+
+namespace py = pybind11;
+
+namespace pyar {
+namespace {
+
+// Lets Python handle signals while a call waits without the GIL. A handler that raises (Ctrl-C) ends the wait: the
+// core sees an Error, the caller of this call the exception of the handler.
+class SignalCheck {
+ public:
+  template <typename Body>
+  void run(Body body) {
+    try {
+      const py::gil_scoped_release release;
+      body(std::function<void()>([this] { check(); }));
+    } catch (const Error&) {
+      if (!raised_) throw;
+      throw std::move(*raised_);
+    }
+  }
+
+ private:
+  void check() {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() == 0) return;
+    raised_.emplace();
+    throw Error("interrupted by a signal; the communicator cannot be used any more");
+  }
+  std::optional<py::error_already_set> raised_;
+};
+
+// Ranks that outnumber the cores must not spin: they would delay the peer they wait for.
+Patience patience_for(int local_size) {
+  cpu_set_t cores;
+  const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
+  const int count = known ? CPU_COUNT(&cores) : static_cast<int>(std::thread::hardware_concurrency());
+  return local_size <= count ? kSpinFirst : kSleepSoon;
+}
+
+class Communicator {
+ public:
+  Communicator(int local_rank, std::vector<int> global_ranks, const std::string& name,
+               const std::string& token, double timeout_s) {
+    const Deadline deadline(timeout_s);
+    const Patience patience = patience_for(static_cast<int>(global_ranks.size()));
+    auto group = std::make_unique<SharedMemoryGroup>(
+        HostLink(local_rank, std::move(global_ranks), name, token, deadline), deadline);
+    group_ = group.get();
+    engine_ = std::make_unique<Engine>(std::move(group), timeout_s, patience);
+  }
+  ~Communicator() { close(); }
+
+  std::shared_ptr<Work> call(Engine::Task task, uint64_t layout, bool async) {
+    if (async) return engine_->submit(std::move(task), layout);
+    SignalCheck().run([&](const std::function<void()>& on_slice) {
+      engine_->run(std::move(task), layout, on_slice);
+    });
+    return nullptr;
+  }
+
+  std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy) {
+    std::shared_ptr<SymmetricBuffer> buffer;
+    call(
+        [&, group = group_](Group&, const Call& call) {
+          buffer = group->allocate(num_elems, dtype, one_copy, call);
+        },
+        0, false);
+    return buffer;
+  }
+
+  int local_rank() const { return group_->rank(); }
+  SharedMemoryGroup& group() { return *group_; }
+
+  void close() {
+    engine_->close([this] { group_->interrupt(); });
+    group_->leave();
+  }
+
+ private:
+  std::unique_ptr<Engine> engine_;  // owns the group
+  SharedMemoryGroup* group_;
+};
+
+// What symmetric_empty gives to Python: this rank's part as a writable buffer of bytes.
+struct Part {
+  std::shared_ptr<SymmetricBuffer> buffer;
+  int rank;
+};
+
+void* address(uintptr_t value) { return reinterpret_cast<void*>(value); }
+
+// The parameters of a bucket, fixed when the aggregator is built; scalars come anew with each update.
+struct UpdatePlan {
+  struct Entry {
+    size_t begin, num_elems, group;
+  };
+  std::vector<Entry> entries;
+  size_t flags_begin;
+};
+
+std::vector<UpdatePiece> pieces_of(const UpdatePlan& plan, const std::vector<SgdScalars>& groups) {
+  std::vector<UpdatePiece> pieces;
+  pieces.reserve(plan.entries.size());
+  for (const auto& entry : plan.entries)
+    pieces.push_back({entry.begin, entry.num_elems, groups.at(entry.group)});
+  return pieces;
+}
+
+}  // namespace
+
+void bind_communicator(py::module_& m) {
+  py::class_<Work, std::shared_ptr<Work>>(m, "Work")
+      .def("wait",
+           [](Work& work) {
+             bool done = false;
+             while (!done) {
+               {
+                 const py::gil_scoped_release release;
+                 done = work.wait_for(kWatchSliceS);
+               }
+               if (!done && PyErr_CheckSignals() != 0) throw py::error_already_set();
+             }
+           })
+      .def("done", &Work::done)
+      .def("times", [](const Work& work) {
+        const Work::Times& times = work.times();
+        return py::make_tuple(times.enqueued_s, times.start_s, times.end_s, times.arrivals_s);
+      });
+
+  py::class_<Part>(m, "Part", py::buffer_protocol()).def_buffer([](Part& part) {
+    return py::buffer_info(part.buffer->part(part.rank), 1, "B",
+                           static_cast<py::ssize_t>(part.buffer->part_bytes));
+  });
+
+  py::class_<UpdatePlan>(m, "UpdatePlan")
+      .def(py::init([](const std::vector<std::tuple<size_t, size_t, size_t>>& entries,
+                       size_t flags_begin) {
+        UpdatePlan plan{{}, flags_begin};
+        for (const auto& [begin, num_elems, group] : entries)
+          plan.entries.push_back({begin, num_elems, group});
+        return plan;
+      }));
+
+  using C = Communicator;
+  py::class_<C>(m, "Communicator")
+      .def(py::init<int, std::vector<int>, std::string, std::string, double>(),
+           py::arg("local_rank"), py::arg("global_ranks"), py::arg("name"), py::arg("token"),
+           py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
+      .def("all_reduce",
+           [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
+              bool async) {
+             const Span span{address(data), num_elems, dtype};
+             return self.call(
+                 [=](Group& group, const Call& call) { group.all_reduce(span, op, call); }, layout,
+                 async);
+           })
+      .def("reduce_scatter",
+           [](C& self, uintptr_t output, uintptr_t input, size_t num_elems, DType dtype, Op op,
+              bool async) {
+             const Span to{address(output), num_elems, dtype};
+             return self.call(
+                 [=](Group& group, const Call& call) {
+                   const auto ranks = static_cast<size_t>(group.size());
+                   group.reduce_scatter(to, {address(input), num_elems * ranks, dtype}, op, call);
+                 },
+                 0, async);
+           })
+      .def("all_gather",
+           [](C& self, uintptr_t output, uintptr_t input, size_t num_elems, DType dtype,
+              bool async) {
+             const ConstSpan from{address(input), num_elems, dtype};
+             return self.call(
+                 [=](Group& group, const Call& call) {
+                   const auto ranks = static_cast<size_t>(group.size());
+                   group.all_gather({address(output), num_elems * ranks, dtype}, from, call);
+                 },
+                 0, async);
+           })
+      .def("broadcast",
+           [](C& self, uintptr_t data, size_t num_elems, DType dtype, int root, uint64_t layout,
+              bool async) {
+             const Span span{address(data), num_elems, dtype};
+             return self.call(
+                 [=](Group& group, const Call& call) { group.broadcast(span, root, call); }, layout,
+                 async);
+           })
+      .def("barrier",
+           [](C& self, uint64_t layout) {
+             self.call([](Group& group, const Call& call) { group.barrier(call); }, layout, false);
+           })
+      .def("update",
+           [](C& self, const UpdatePlan& plan, const std::vector<SgdScalars>& groups,
+              uintptr_t gradients, size_t num_elems, uintptr_t weights, uintptr_t momentum,
+              DType dtype, Op op, uint64_t layout) {
+             return self.call(
+                 [=, &group = self.group(), pieces = pieces_of(plan, groups),
+                  flags_begin = plan.flags_begin](Group&, const Call& call) {
+                   group.update({.gradients = {address(gradients), num_elems, dtype},
+                                 .weights = {address(weights), flags_begin, dtype},
+                                 .momentum = address(momentum),
+                                 .pieces = pieces,
+                                 .flags_begin = flags_begin,
+                                 .op = op},
+                                call);
+                 },
+                 layout, true);
+           })
+      .def("allocate",
+           [](C& self, size_t num_elems, DType dtype, bool one_copy) {
+             return Part{self.allocate(num_elems, dtype, one_copy), self.local_rank()};
+           })
+      .def("close", &C::close, py::call_guard<py::gil_scoped_release>());
+
+  py::enum_<DType> dtype(m, "DType");
+  for (int i = 0; i < kNumDTypes; ++i)
+    dtype.value(name_of(static_cast<DType>(i)), static_cast<DType>(i));
+  py::enum_<Op> op(m, "Op");
+  for (int i = 0; i < kNumOps; ++i) op.value(name_of(static_cast<Op>(i)), static_cast<Op>(i));
+}
+
+}  // namespace pyar

@@ -1,0 +1,75 @@
+// The extension module `pyallreduce._core`: converts, releases the GIL, maps exceptions; decides nothing.
+#include <pybind11/pybind11.h>
+
+#include "base/clock.h"
+#include "base/env.h"
+#include "base/error.h"
+#include "bindings/rooms.h"
+#include "kernels/kernels.h"
+#ifdef PYALLREDUCE_HAVE_CUDA
+#include "kernels/cuda/cuda_kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace pyar {
+namespace {
+
+const char* python_name(Cause cause) {
+  switch (cause) {
+    case Cause::kUsage:
+      return "UsageError";
+    case Cause::kPeer:
+      return "PeerError";
+    case Cause::kTimeout:
+      return "TimeoutError";
+    case Cause::kMismatch:
+      return "MismatchError";
+    case Cause::kSystem:
+      break;
+  }
+  return "Error";
+}
+
+void translate(std::exception_ptr thrown) {
+  if (!thrown) return;
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const Error& error) {
+    py::tuple peers(error.peers().size());
+    for (size_t i = 0; i < error.peers().size(); ++i) peers[i] = error.peers()[i];
+    const py::object type = py::module_::import("pyallreduce.errors").attr(python_name(error.cause()));
+    PyErr_SetObject(type.ptr(), type(error.what(), peers).ptr());
+  }
+}
+
+}  // namespace
+}  // namespace pyar
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ core of pyallreduce. Private: use the names of `pyallreduce`.";
+  py::register_exception_translator(&pyar::translate);
+  m.attr("__version__") = PYALLREDUCE_VERSION;
+  m.def("now_s", &pyar::now_s, "Seconds on CLOCK_MONOTONIC.");
+  m.def("read_env", [] {
+    const pyar::Env env = pyar::read_env();
+    py::dict settings;
+    settings["isa"] = env.isa;
+    settings["port"] = env.port;
+    settings["timeout_s"] = env.timeout_s;
+    return settings;
+  });
+  m.def("select_isa", &pyar::select_isa, py::arg("isa"),
+        "Instruction set of all kernels from now on; False if this CPU lacks it.");
+#ifdef PYALLREDUCE_HAVE_CUDA
+  m.attr("has_cuda") = true;
+  m.def("cuda_device_count", &pyar::device_count);
+#else
+  m.attr("has_cuda") = false;
+  m.def("cuda_device_count", [] { return 0; });
+#endif
+  pyar::bind_kernels(m);
+  pyar::bind_schedules(m);
+  pyar::bind_inproc(m);
+  pyar::bind_communicator(m);
+}

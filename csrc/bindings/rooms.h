@@ -1,0 +1,13 @@
+// The parts of the Python module, one file each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyar {
+
+void bind_communicator(pybind11::module_& m);
+void bind_inproc(pybind11::module_& m);
+void bind_kernels(pybind11::module_& m);
+void bind_schedules(pybind11::module_& m);
+
+}  // namespace pyar

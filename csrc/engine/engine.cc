@@ -1,0 +1,144 @@
+#include "engine/engine.h"
+
+#include <utility>
+
+#include "base/error.h"
+#include "base/fork.h"
+
+namespace pyar {
+
+bool Work::wait_for(double slice_s) {
+  std::unique_lock lock(mutex_);
+  finished_.wait_for(lock, std::chrono::duration<double>(slice_s), [&] { return done_; });
+  if (done_ && error_) std::rethrow_exception(error_);
+  return done_;
+}
+
+bool Work::done() const {
+  const std::lock_guard lock(mutex_);
+  return done_;
+}
+
+Engine::Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience)
+    : group_(std::move(group)),
+      timeout_s_(timeout_s),
+      patience_(patience),
+      born_in_(fork_generation()) {}
+
+Engine::~Engine() {
+  if (!worker_.joinable()) return;
+  if (is_forked_child())
+    worker_.detach();  // it exists only in the parent
+  else
+    worker_.join();
+}
+
+bool Engine::is_forked_child() const { return fork_generation() != born_in_; }
+
+void Engine::check_usable() const {
+  if (is_forked_child())
+    throw UsageError(
+        "this communicator belongs to the parent process; a forked child (a DataLoader worker?) "
+        "must not call it");
+  if (first_error_) std::rethrow_exception(first_error_);
+  if (closed_) throw UsageError("the communicator has been closed");
+}
+
+std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout) {
+  auto work = std::make_shared<Work>();
+  work->task_ = std::move(task);
+  work->layout_ = layout;
+  work->times_.enqueued_s = now_s();
+  const std::lock_guard lock(mutex_);
+  check_usable();
+  work->sequence_ = ++sequence_;
+  queue_.push_back(work);
+  if (!worker_.joinable()) worker_ = std::thread([this] { work_loop(); });
+  changed_.notify_all();
+  return work;
+}
+
+void Engine::run(Task task, uint64_t layout, const std::function<void()>& on_slice) {
+  {
+    std::unique_lock lock(mutex_);
+    check_usable();
+    if (!busy_ && queue_.empty()) {
+      Work work;
+      work.task_ = std::move(task);
+      work.layout_ = layout;
+      work.sequence_ = ++sequence_;
+      busy_ = true;
+      lock.unlock();
+      execute(work, patience_, &on_slice);
+      lock.lock();
+      busy_ = false;
+      if (work.error_ && !first_error_) first_error_ = work.error_;
+      if (!queue_.empty() || closed_) changed_.notify_all();
+      lock.unlock();
+      if (work.error_) std::rethrow_exception(work.error_);
+      return;
+    }
+  }
+  const std::shared_ptr<Work> work = submit(std::move(task), layout);
+  while (!work->wait_for(kWatchSliceS)) on_slice();
+}
+
+void Engine::execute(Work& work, Patience patience, const std::function<void()>* on_slice) {
+  work.times_.start_s = now_s();
+  work.times_.arrivals_s.resize(static_cast<size_t>(group_->size()));
+  try {
+    work.task_(*group_, Call{.sequence = work.sequence_,
+                             .layout = work.layout_,
+                             .deadline = Deadline(timeout_s_),
+                             .patience = patience,
+                             .arrivals_s = work.times_.arrivals_s.data(),
+                             .on_slice = on_slice});
+  } catch (...) {
+    work.error_ = std::current_exception();
+  }
+  work.task_ = nullptr;  // releases what it keeps alive
+  work.times_.end_s = now_s();
+}
+
+void Engine::work_loop() {
+  for (;;) {
+    std::shared_ptr<Work> work;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return !busy_ && (!queue_.empty() || closed_); });
+      if (queue_.empty()) return;
+      work = std::move(queue_.front());
+      queue_.pop_front();
+      busy_ = true;
+      if (first_error_) work->error_ = first_error_;
+    }
+    if (!work->error_) execute(*work, kSleepSoon, nullptr);
+    {
+      const std::lock_guard lock(mutex_);
+      busy_ = false;
+      if (work->error_ && !first_error_) first_error_ = work->error_;
+      changed_.notify_all();
+    }
+    {
+      const std::lock_guard lock(work->mutex_);
+      work->done_ = true;
+    }
+    work->finished_.notify_all();
+  }
+}
+
+void Engine::close(const std::function<void()>& interrupt) {
+  if (is_forked_child()) return;
+  {
+    std::unique_lock lock(mutex_);
+    closed_ = true;
+    interrupt();
+    changed_.notify_all();
+    // A caller inside run() leaves within a slice; the group must not be taken from under it.
+    changed_.wait_for(lock, std::chrono::duration<double>(1.0),
+                      [&] { return !busy_ && queue_.empty(); });
+  }
+  if (worker_.joinable()) worker_.join();
+}
+
+}  // namespace pyar

@@ -1,0 +1,84 @@
+// When, not how: one order on all ranks, one collective at a time, the first error wins. Knows nothing but Group.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "group/group.h"
+
+namespace pyar {
+
+// One collective on its way; also its entry in the event record. Times are seconds of now_s(), 0 until they happen.
+class Work {
+ public:
+  struct Times {
+    double enqueued_s = 0, start_s = 0, end_s = 0;
+    std::vector<double> arrivals_s;  // [size]: when each rank arrived; empty if the group does not tell
+  };
+
+  // Waits for at most slice_s; true when finished. Rethrows the collective's error.
+  bool wait_for(double slice_s);
+  bool done() const;
+  // Valid once done.
+  const Times& times() const { return times_; }
+
+ private:
+  friend class Engine;
+  std::function<void(Group&, const Call&)> task_;
+  uint64_t sequence_ = 0, layout_ = 0;
+  Times times_;
+  mutable std::mutex mutex_;
+  std::condition_variable finished_;
+  bool done_ = false;
+  std::exception_ptr error_;
+};
+
+class Engine {
+ public:
+  using Task = std::function<void(Group&, const Call&)>;
+
+  // `patience` of a caller's own thread; the worker always sleeps soon, since it competes with compute.
+  Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience);
+  ~Engine();
+
+  // Queues a collective. Calls must come in the same order on all ranks. Throws the first error if one has happened.
+  std::shared_ptr<Work> submit(Task task, uint64_t layout);
+  // The same and waits; on an idle engine it runs on the calling thread, without hand-over. on_slice runs now and
+  // then while it waits, and may throw.
+  void run(Task task, uint64_t layout, const std::function<void()>& on_slice);
+
+  // Refuses further calls, ends the worker within a watch slice once `interrupt` has been called on the group.
+  // Idempotent. Unfinished collectives end with an Error.
+  void close(const std::function<void()>& interrupt);
+
+  Group& group() { return *group_; }
+
+ private:
+  void execute(Work& work, Patience patience, const std::function<void()>* on_slice);
+  void work_loop();
+  void check_usable() const;  // under mutex_
+  bool is_forked_child() const;
+
+  std::unique_ptr<Group> group_;
+  const double timeout_s_;
+  const Patience patience_;
+  const unsigned born_in_;  // fork generation
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::shared_ptr<Work>> queue_;
+  bool busy_ = false;  // somebody executes: the worker, or a caller inside run()
+  bool closed_ = false;
+  std::exception_ptr first_error_;
+  uint64_t sequence_ = 0;
+  std::thread worker_;  // started by the first submit()
+};
+
+}  // namespace pyar

@@ -1,0 +1,133 @@
+"""Buckets: flat symmetric buffers of whole parameters, and the views of gradients and weights into them."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+
+from pyallreduce._buffer import is_dense
+from pyallreduce.communicator import Communicator
+
+DEFAULT_BUCKET_BYTES = 25 << 20  # as DDP
+ALIGN_BYTES = 64  # every parameter begins on a cache line of its own
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter and its place in a bucket."""
+
+    name: str
+    param: torch.nn.Parameter
+    begin: int  # in elements of the bucket
+    grad: torch.Tensor = field(init=False)  # view of the bucket, with the parameter's strides
+    bucket: Bucket = field(init=False)
+    index: int = field(init=False)  # in bucket.slots, and of its flag
+    ready: bool = False  # in this backward
+    used: bool = False  # has a gradient since the last synchronisation
+
+
+class Bucket:
+    """``flat`` holds the parameters' gradients, then one flag per parameter: non-zero where a rank has used it.
+
+    The flags ride in the buffer that is reduced anyway, so that all ranks know, without another collective, which
+    parameters were used somewhere.
+    """
+
+    def __init__(self, index: int, slots: list[Slot], dtype: torch.dtype) -> None:
+        self.index, self.slots, self.dtype = index, slots, dtype
+        self.flags_begin = _end_of(slots[-1])
+        self.pending = len(slots)  # parameters without a gradient in this backward
+        self.ready_s = 0.0  # when the last gradient came
+        self.flat: torch.Tensor
+        self.flags: torch.Tensor
+        for i, slot in enumerate(slots):
+            slot.bucket, slot.index = self, i
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes
+
+    def allocate(self, comm: Communicator) -> None:
+        """Collective. All zero afterwards."""
+        self.flat = comm.symmetric_empty(self.flags_begin + len(self.slots), self.dtype).zero_()
+        self.flags = self.flat[self.flags_begin :]
+        for slot in self.slots:
+            slot.grad = view_of(self.flat, slot)
+
+    def announce_use(self) -> None:
+        """Writes this rank's flags, and zeros where it has nothing to contribute."""
+        if all(slot.used for slot in self.slots):
+            self.flags.fill_(1)
+            return
+        self.flags.copy_(torch.tensor([slot.used for slot in self.slots]))
+        for slot in self.slots:
+            if slot.param.grad is None:
+                slot.grad.zero_()
+            elif slot.param.grad is not slot.grad:  # the user's own tensor
+                slot.grad.copy_(slot.param.grad)
+                slot.param.grad = slot.grad
+
+    def reset(self) -> None:
+        """For the next iteration."""
+        self.pending = len(self.slots)
+        for slot in self.slots:
+            slot.ready = slot.used = False
+
+    def settle_unused(self) -> None:
+        """After the reduction: used somewhere, the gradient is the aggregate; used nowhere, there is none."""
+        if all(slot.used for slot in self.slots):
+            return
+        for slot, used_somewhere in zip(self.slots, self.flags.tolist(), strict=True):
+            if used_somewhere:
+                slot.param.grad = slot.grad
+            elif not slot.grad.any():  # else: accumulated before and not yet consumed by a step
+                slot.param.grad = None
+
+
+def view_of(flat: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """The parameter's place in ``flat``, in the parameter's own memory format (channels_last too)."""
+    param = slot.param
+    if is_dense(param):
+        return flat.as_strided(param.shape, param.stride(), slot.begin)
+    return flat[slot.begin : slot.begin + param.numel()].view(param.shape)
+
+
+def make_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[Bucket]:
+    """Trainable parameters in reverse order of registration, which is roughly the order of their gradients, packed per
+    dtype. A bucket closes before it would exceed ``bucket_bytes``; a larger parameter has one of its own."""
+    open_slots: dict[torch.dtype, list[Slot]] = {}
+    closed: list[list[Slot]] = []
+    for name, param in reversed(list(module.named_parameters())):
+        if not param.requires_grad:
+            continue
+        slots = open_slots.setdefault(param.dtype, [])
+        begin = _end_of(slots[-1]) if slots else 0
+        if slots and (begin + param.numel()) * param.itemsize > bucket_bytes:
+            closed.append(slots)
+            slots = open_slots[param.dtype] = []
+            begin = 0
+        slots.append(Slot(name, param, begin))
+    closed.extend(slots for slots in open_slots.values() if slots)
+    order = {param: i for i, param in enumerate(reversed(list(module.parameters())))}
+    closed.sort(key=lambda slots: order[slots[-1].param])  # a bucket is complete with its last parameter
+    return [Bucket(i, slots, slots[0].param.dtype) for i, slots in enumerate(closed)]
+
+
+def layout_hash(module: torch.nn.Module, buckets: list[Bucket]) -> int:
+    """Equal on two ranks if and only if, but for collisions, their parameters, buffers and buckets are alike."""
+    text = repr(
+        [
+            (name, tuple(t.shape), t.stride(), str(t.dtype))
+            for name, t in [*module.named_parameters(), *module.named_buffers()]
+        ]
+        + [[(slot.name, slot.begin) for slot in bucket.slots] for bucket in buckets]
+    )
+    return (zlib.crc32(text.encode()) << 32 | zlib.adler32(text.encode())) or 1
+
+
+def _end_of(slot: Slot) -> int:
+    """First element after the slot at which another may begin."""
+    line = ALIGN_BYTES // slot.param.itemsize
+    return (slot.begin + slot.param.numel() + line - 1) // line * line

@@ -1,0 +1,114 @@
+"""Communication hooks for DistributedDataParallel: ``ddp.register_comm_hook(comm, par.allreduce_hook)``.
+
+DDP calls a hook on the thread that runs backward, once per bucket and in the same order on all ranks; it does not
+divide by the number of ranks, so the hook averages. A future is completed by a thread of the communicator's own, never
+by the core's worker, which does not touch Python.
+"""
+
+# No postponed annotations: DDP compares those of a hook with its own types.
+import gc
+import queue
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from pyallreduce.communicator import Communicator, Work
+from pyallreduce.errors import UsageError
+
+class _Completer:
+    """Waits for collectives in order and completes their futures."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Work, Future[Any], torch.Tensor]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="pyallreduce-futures", daemon=True).start()
+
+    def complete(self, work: Work, result: torch.Tensor) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._queue.put((work, future, result))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            work, future, result = self._queue.get()
+            try:
+                work.wait()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del work, future, result  # do not keep the last bucket alive while idle
+
+
+_completers: weakref.WeakKeyDictionary[Communicator, _Completer] = weakref.WeakKeyDictionary()
+
+
+def allreduce_hook(state: Communicator, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """Averages the bucket over the ranks of ``state``; overlaps with the rest of backward.
+
+    Errors of the collective are raised by ``backward()`` with their own type.
+    """
+    return _averaged(state, bucket.buffer()).then(_value)
+
+
+def bf16_compress_hook(state: Communicator, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """As allreduce_hook, with bfloat16 on the way: half the bytes; summed in float32, rounded once."""
+    return _compressed(state, bucket.buffer(), torch.bfloat16)
+
+
+def fp16_compress_hook(state: Communicator, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """As bf16_compress_hook with float16; gradients beyond 65504 become inf."""
+    return _compressed(state, bucket.buffer(), torch.float16)
+
+
+def _compressed(
+    comm: Communicator, grads: torch.Tensor, dtype: torch.dtype
+) -> Future[torch.Tensor]:
+    compressed = grads.to(dtype)
+
+    def decompress(future: Future[torch.Tensor]) -> torch.Tensor:
+        return grads.copy_(future.value())
+
+    return _averaged(comm, compressed).then(decompress)
+
+
+def _value(future: Future[torch.Tensor]) -> torch.Tensor:
+    # Set on the future itself, an exception would reach the user as "unable to cast to Tensor", its type lost.
+    return future.value()
+
+
+def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
+    completer = _completers.get(comm)
+    if completer is None:
+        _check_ddp(comm)
+        completer = _completers[comm] = _Completer()
+    work = comm.all_reduce(grads, op="avg", async_op=True)
+    assert work is not None
+    return completer.complete(work, grads)
+
+
+def _check_ddp(comm: Communicator) -> None:
+    """Once, at the first bucket: DDP's ranks must be ours, and the modes in which DDP itself is wrong get a warning."""
+    for ddp in (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)):
+        if not any(state is comm for _, state in ddp._comm_hooks):
+            continue
+        group = ddp.process_group
+        if (group.rank(), group.size()) != (comm.rank, comm.size):
+            raise UsageError(
+                f"DDP's process group has rank {group.rank()} of {group.size()}, the communicator rank {comm.rank} of "
+                f"{comm.size}; the hook would average over other ranks than DDP trains"
+            )
+        if ddp.static_graph:
+            warnings.warn(
+                "DDP(static_graph=True) together with no_sync() fails or silently stops reducing in PyTorch itself "
+                "(pytorch#187732); use GradientAggregator if you accumulate gradients",
+                stacklevel=2,
+            )
+
+

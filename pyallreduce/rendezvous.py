@@ -1,0 +1,153 @@
+"""How the ranks of a communicator find each other: a torch store, met once, when the communicator is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from pyallreduce._core import __version__
+from pyallreduce.errors import Error, MismatchError, TimeoutError, UsageError
+from pyallreduce.launch import Launch
+
+
+@dataclass(frozen=True)
+class Roster:
+    """What all ranks know after the rendezvous."""
+
+    token: str  # secret of this communicator, 64 characters
+    node_ranks: tuple[int, ...]  # the global ranks of my node, ascending
+    node_rank: int
+    num_nodes: int
+
+    @property
+    def socket_name(self) -> str:
+        """Abstract unix socket of my node's ranks: unguessable, gone with its last holder."""
+        return f"pyallreduce-{self.token[:32]}-{self.node_ranks[0]}"
+
+
+ALONE = Roster(token="", node_ranks=(0,), node_rank=0, num_nodes=1)
+
+
+def open_store(launch: Launch, timeout_s: float) -> dist.Store:
+    """The store of the launcher: torch's own if a process group exists, torchrun's, or one on a port of ours."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.PrefixStore("pyallreduce", dist.distributed_c10d._get_default_store())
+    if launch.launcher == "mpirun":
+        return _store_by_mpi(launch, timeout_s)
+    hosts_it = launch.rank == 0 and not launch.agent_store
+    try:
+        store = dist.TCPStore(
+            launch.address,
+            launch.port,
+            launch.size,
+            is_master=hosts_it,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except dist.DistNetworkError as error:
+        if hosts_it:
+            raise Error(
+                f"rank 0 cannot listen on port {launch.port} for the rendezvous ({error}). "
+                "Another job may use it: set PYALLREDUCE_PORT to a free port, equal on all ranks"
+            ) from error
+        raise TimeoutError(
+            f"rank {launch.rank} could not reach rank 0 at {launch.address}:{launch.port} within "
+            f"{timeout_s} s. Has rank 0 called init()? Is MASTER_ADDR right?",
+            (0,),
+        ) from error
+    return dist.PrefixStore("pyallreduce", store)
+
+
+def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.Store:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UsageError(
+            "started by mpirun, but mpi4py cannot be imported; pip install 'pyallreduce[mpi]', or start with torchrun"
+        ) from error
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.size):
+        raise UsageError(
+            f"mpirun says rank {launch.rank} of {launch.size}, mpi4py says {world.Get_rank()} of {world.Get_size()}: "
+            "mpi4py uses another MPI library than this mpirun. Install the one that mpirun belongs to"
+        )
+    store = None
+    address = None
+    timeout = timedelta(seconds=timeout_s)
+    if launch.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, launch.size, True, timeout, wait_for_workers=False)
+        address = (socket.gethostname(), store.port, _node_key())
+    host, port, node = world.bcast(address, root=0)
+    if store is None:
+        host = "127.0.0.1" if node == _node_key() else host
+        store = dist.TCPStore(host, port, launch.size, False, timeout, wait_for_workers=False)
+    return dist.PrefixStore("pyallreduce", store)
+
+
+def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
+    """Collective over all ranks. Several communicators may use one store; those over different sets of ranks need
+    different prefixes (``dist.PrefixStore``), as with torch's own groups."""
+    mine = {
+        "token": secrets.token_hex(32),
+        "node": _node_key(),
+        "size": size,
+        "version": __version__,
+    }
+    # The how-manyeth communicator of this rank over this store: equal on all ranks, so old keys are never read.
+    prefix = f"communicator/{store.add(f'joins/{rank}', 1)}"
+    store.set(f"{prefix}/{rank}", json.dumps(mine))
+    keys = [f"{prefix}/{r}" for r in range(size)]
+    _wait_for(store, keys, timeout_s)
+    records: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
+
+    for field in ("size", "version"):
+        odd = [r for r, record in enumerate(records) if record[field] != records[0][field]]
+        if odd:
+            raise MismatchError(
+                f"rank 0 has {field} {records[0][field]}, rank {odd[0]} has {records[odd[0]][field]}", odd
+            )
+    nodes = list(dict.fromkeys(record["node"] for record in records))
+    node = mine["node"]
+    if len(nodes) > 1:
+        first_elsewhere = next(r for r in range(size) if records[r]["node"] != records[0]["node"])
+        raise UsageError(
+            f"ranks 0 and {first_elsewhere} run on different hosts (or in different network namespaces); "
+            "communicators over several hosts are planned, not there yet"
+        )
+    return Roster(
+        token=records[0]["token"],
+        node_ranks=tuple(r for r in range(size) if records[r]["node"] == node),
+        node_rank=nodes.index(node),
+        num_nodes=len(nodes),
+    )
+
+
+def _wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.0005
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            absent = [r for r, key in enumerate(keys) if not store.check([key])]
+            names = ", ".join(map(str, absent))
+            raise TimeoutError(
+                f"rank(s) {names} did not come to the rendezvous within {timeout_s} s. Do all ranks call init()? "
+                "Did they crash before? A longer timeout_s can be given to init()",
+                absent,
+            )
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.02)
+
+
+def _node_key() -> str:
+    """Equal for processes that may share memory. Only a candidate: the hand-over of the segment is the proof."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot_id = file.read().strip()
+    return f"{boot_id}/{os.stat('/proc/self/ns/net').st_ino}"

@@ -1,0 +1,190 @@
+"""Fused SGD with momentum correction: one pass over memory per parameter (paper, section 2.3 and Remark 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from pyallreduce import _core
+from pyallreduce._buffer import DTYPES, is_dense
+from pyallreduce.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyallreduce.eager import EagerUpdater
+
+Scalars = _core.kernels.SgdScalars  # the arguments of csrc/kernels/sgd_rule.h
+
+FORMS = ("reference", "absorbed")
+
+
+class SGD(torch.optim.Optimizer):
+    """SGD with momentum, Nesterov by default; weights, momentum and gradients are read and written in one pass.
+
+    ``form="reference"`` (PyTorch, paper eq. 9): u = m u + g, w -= lr u. Needs no correction when lr changes.
+    ``form="absorbed"`` (Caffe, paper eq. 10): v = m v + lr g, w -= v. With ``correction`` v is rescaled by
+    lr_t / lr_{t-1} at every change of lr (Remark 2), which makes both forms equal; without, the paper's pitfall.
+
+    g includes weight_decay * w (coupled L2, Remark 1), added once to the aggregated gradient. ``state_dict()`` has the
+    layout of torch.optim.SGD; the learning rate that an absorbed momentum contains is in its param_groups. CPU
+    parameters of float64, float32, bfloat16, float16 (16-bit: computed in float32). Honours ``grad_scale`` and
+    ``found_inf`` as torch.amp.GradScaler sets them: an overflow changes neither weights nor momentum.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        nesterov: bool = True,
+        form: str = "reference",
+        correction: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": 0,  # torch.optim.SGD reads it when it loads our state
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "form": form,
+            "correction": correction,
+            "momentum_lr": None,  # absorbed form: the momentum buffers are in units of this learning rate
+        }
+        self._eager: EagerUpdater | None = None
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+            for param in group["params"]:
+                if param.device.type != "cpu" or param.dtype not in DTYPES:
+                    raise UsageError(
+                        f"a parameter is {param.dtype} on {param.device}; floating CPU parameters are needed"
+                    )
+        except UsageError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of torch.optim.SGD lacks ours
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            if group.get("dampening") or group.get("maximize"):
+                raise UsageError("a state with dampening or maximize cannot be loaded: SGD has neither")
+            _check(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._eager is not None:
+            self._eager.adopt_momentum()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. Gradients that an eager update has consumed are zero already and stay where they are."""
+        if self._eager is None or not self._eager.gradients_are_zero():
+            super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates the parameters that have a gradient. With an eager aggregator they are already updated; this closes
+        the iteration. ``closure``: re-evaluates the loss and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._eager is not None:
+            if self.found_inf is not None:
+                raise UsageError('GradScaler needs update="step": an eager update cannot be withheld')
+            self._eager.close_update()
+        elif self.found_inf is not None and float(self.found_inf) != 0:
+            return loss
+        else:
+            scale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+            for group in self.param_groups:
+                self._step_group(group, scale)
+        for group in self.param_groups:
+            if group["form"] == "absorbed":
+                group["momentum_lr"] = momentum_lr_of(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], scale: float) -> None:
+        spans: dict[torch.dtype, list[tuple[int, int, int, int]]] = {}
+        kept: list[torch.Tensor] = []  # gradients rearranged for this call
+        updated: list[torch.Tensor] = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse or grad.dtype != param.dtype:
+                raise UsageError(f"a gradient is {grad.layout}, {grad.dtype}; SGD needs the parameter's")
+            if not is_dense(param):
+                raise UsageError("a parameter overlaps itself or has gaps; SGD needs dense memory")
+            if grad.stride() != param.stride():
+                grad = torch.empty_like(param).copy_(grad)
+                kept.append(grad)
+            momentum = self._momentum_buffer(param) if group["momentum"] else None
+            spans.setdefault(param.dtype, []).append(
+                (
+                    param.data_ptr(),
+                    0 if momentum is None else momentum.data_ptr(),
+                    grad.data_ptr(),
+                    param.numel(),
+                )
+            )
+            updated.append(param)
+        for dtype, table in spans.items():
+            _core.kernels.sgd_many(table, DTYPES[dtype].name, scalars_of(group), scale, False)
+        if updated:
+            increment_version(updated)
+
+    def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
+        state = self.state[param]
+        buffer = state.get("momentum_buffer")
+        if buffer is None or buffer.stride() != param.stride():
+            fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
+        return state["momentum_buffer"]
+
+
+def scalars_of(group: dict[str, Any]) -> Scalars:
+    """The arguments of the rule for one step with this param group as it is now."""
+    lr, momentum = float(group["lr"]), float(group["momentum"])
+    if group["form"] == "reference":
+        history, gain, rate = momentum, 1.0, lr
+    elif not group["correction"]:
+        history, gain, rate = momentum, lr, 1.0
+    else:
+        unit, previous = momentum_lr_of(group), group["momentum_lr"]
+        history = momentum if previous is None else momentum * (unit / previous)
+        gain, rate = unit, 1.0 if lr else 0.0
+    return Scalars(
+        decay=float(group["weight_decay"]),
+        history=history,
+        gain=gain,
+        momentum=momentum,
+        rate=rate,
+        nesterov=bool(group["nesterov"]),
+    )
+
+
+def momentum_lr_of(group: dict[str, Any]) -> float:
+    """Learning rate in whose units a corrected, absorbed momentum is kept from this step on. While lr is 0 it stays
+    what it was: the weights rest, the history goes on, and the next change is still exact."""
+    return float(group["lr"]) or group["momentum_lr"] or 1.0
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name in ("lr", "momentum", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise UsageError(f"{name} is {group[name]}; a number >= 0 is needed")
+    if group["form"] not in FORMS:
+        raise UsageError(f"form is {group['form']!r}; accepted are {', '.join(FORMS)}")
