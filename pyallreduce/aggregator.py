@@ -8,8 +8,9 @@ what is left, and waits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,14 +20,19 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._pytree import tree_leaves
 
 from pyallreduce import _core
-from pyallreduce._buffer import OPS, is_dense, span_of
+from pyallreduce._buffer import DTYPES, OPS, is_dense, span_of
 from pyallreduce.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot, layout_hash, make_buckets
 from pyallreduce.communicator import Communicator
-from pyallreduce.eager import EagerUpdater
-from pyallreduce.errors import UsageError
+from pyallreduce.eager import EagerUpdater, check_optimizer
+from pyallreduce.errors import Error, UsageError
 from pyallreduce.report import BucketRecord, IterationRecord, summarise
+
+
+def _no_callback() -> None:
+    return None
 
 
 class GradientAggregator:
@@ -36,7 +42,10 @@ class GradientAggregator:
     rank. ``op="avg"`` divides by the number of ranks, as DDP; ``op="sum"`` is for losses normalised by kn (Remark 3).
     A parameter that no rank has used keeps ``grad is None``; one that some have used counts as zero on the others.
     Gradients live in the buckets: ``zero_grad(set_to_none=False)`` saves a copy per iteration, either kind is right.
-    Module buffers (batch-norm statistics) stay per rank after the broadcast.
+    Module buffers (batch-norm statistics) stay per rank after the broadcast. Accumulate under ``no_sync()``; a second
+    backward on top of an aggregate is right with ``op="avg"`` only, as in DDP. Parameters unfrozen later are not seen:
+    make a new aggregator. Reentrant checkpoints (torch.utils.checkpoint with use_reentrant=True) are aggregated at the
+    end of backward, without overlap, and need outputs that are tensors or nested containers of them.
 
     ``bucket_bytes``: default 25 MiB. ``optimizer``: the one that ends an iteration for ``report()``; found by itself if
     not given. ``update="eager"`` needs a ``par.SGD`` over exactly the trainable parameters: each bucket's reduction
@@ -57,7 +66,9 @@ class GradientAggregator:
         max_norm: float | None = None,
     ) -> None:
         if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            raise UsageError("the module is wrapped in DDP already; pass the plain module, or use DDP with allreduce_hook")
+            raise UsageError(
+                "the module is wrapped in DDP already; pass the plain module, or use DDP with allreduce_hook"
+            )
         if op not in ("avg", "sum"):
             raise UsageError(f"op is {op!r}; gradients can be aggregated by 'avg' or 'sum'")
         if bucket_bytes is not None and (not isinstance(bucket_bytes, int) or bucket_bytes <= 0):
@@ -67,7 +78,7 @@ class GradientAggregator:
             ("share_parameters", share_parameters),
             ("max_norm", max_norm),
         ):
-            if value:
+            if value is not None and value is not False:
                 raise UsageError(f"{name}={value} is planned, not there yet; leave it out")
         if update not in ("step", "eager"):
             raise UsageError(f"update is {update!r}; accepted are 'step' and 'eager'")
@@ -78,16 +89,22 @@ class GradientAggregator:
         self._slots = [slot for bucket in self._buckets for slot in bucket.slots]
         for slot in self._slots:
             span_of(slot.param.detach().flatten(), f"parameter {slot.name}")  # device and dtype
+        sgd = check_optimizer(optimizer, self._buckets) if update == "eager" else None
         self._layout = layout_hash(module, self._buckets)
         comm.core.barrier(self._layout)
         self._broadcast_module()
         for bucket in self._buckets:
             bucket.allocate(comm)
-        self._updater = EagerUpdater(comm, self._buckets, optimizer) if update == "eager" else None
+        self._updater = EagerUpdater(comm, self._buckets, sgd) if sgd is not None else None
 
         self._syncs = True  # False inside no_sync()
         self._expects = False  # a forward has run whose gradients are not aggregated yet
-        self._in_backward = False
+        # The engine's callback at the end of backward; gone as soon as a backward has raised.
+        self._callback: Callable[[], Callable[[], None] | None] = _no_callback
+        self._graph_task = -1  # the outermost backward, of those that run inside each other
+        self._begun = False  # gradients have come in a backward that has not ended yet
+        self._begun_to_sync = False  # and it is to aggregate them
+        self._attempt = 0  # backwards that raised before their end
         self._torn = False
         self._next = 0  # the first bucket whose collective has not started
         self._records: list[BucketRecord] = []  # of started buckets, not yet waited for
@@ -163,54 +180,82 @@ class GradientAggregator:
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return  # evaluation, or a recomputation inside backward
         self._check_open()
-        if self._in_backward or self._next:
-            self._abandon_backward()
+        self._abandon_backward()
         now = self._forward_start_s = _core.now_s()
         self._expects = True
-        if self._current is None:
-            self._count += 1
-            self._current = IterationRecord(self._count, now)
+        self._open_record(now)
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             assert self._current is not None
             self._forward_end_s = _core.now_s()
             self._current.add("forward", self._forward_start_s, self._forward_end_s)
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                    leaf.register_hook(self._on_output_gradient)
+
+    def _on_output_gradient(self, grad: torch.Tensor) -> None:
+        """The start of the outermost backward, also if all gradients come in reentrant ones inside it."""
+        self._enter_backward()
 
     def _on_gradient(self, slot: Slot, param: torch.Tensor) -> None:
         """On the autograd thread: ``param.grad`` is complete for this backward."""
-        if not self._in_backward:
-            self._begin_backward()
-        grad = param.grad
-        if grad is not slot.grad:  # a fresh tensor: after zero_grad(set_to_none=True), or put there by the user
-            with torch.no_grad():
-                slot.grad.copy_(grad)
-            param.grad = slot.grad
+        self._enter_backward()
+        if not self._begun:
+            self._begin_backward(param)
+        slot.adopt_gradient()
         slot.used = True
-        if not self._syncs or slot.ready:
+        if not self._syncs:
             return
-        slot.ready = True
         bucket = slot.bucket
+        if bucket.index < self._next:
+            raise UsageError(
+                f"a second gradient of {slot.name} came in one backward, from a reentrant checkpoint, when the first "
+                "was on its way already; pass use_reentrant=False to torch.utils.checkpoint"
+            )
+        if slot.ready or torch._C._current_graph_task_id() != self._graph_task:
+            return  # a reentrant backward's gradient may not be the last one; the end of the outermost is
+        slot.ready = True
         bucket.pending -= 1
         if bucket.pending == 0:
             bucket.ready_s = _core.now_s()
             while self._next < len(self._buckets) and self._buckets[self._next].pending == 0:
                 self._start(self._buckets[self._next])
 
-    def _begin_backward(self) -> None:
+    def _enter_backward(self) -> None:
+        if self._callback() is not None:
+            return
+        self._abandon_backward()
+
+        def end_of_backward() -> None:
+            self._end_of_backward()
+
+        self._callback = weakref.ref(end_of_backward)
+        self._graph_task = torch._C._current_graph_task_id()
+        Variable._execution_engine.queue_callback(end_of_backward)
+
+    def _begin_backward(self, param: torch.Tensor) -> None:
         self._check_open()
         if self._updater is not None:
-            self._updater.check_may_begin()
-        self._in_backward = self._expects = True
+            try:
+                self._updater.begin_backward()
+            except UsageError:
+                param.grad = None  # it was consumed and zero, before autograd added to it just now
+                raise
+        self._begun, self._begun_to_sync = True, self._syncs
+        self._expects = True
         self._backward_start_s = self._forward_end_s or _core.now_s()
-        Variable._execution_engine.queue_callback(self._end_of_backward)
+        self._open_record(self._backward_start_s)
 
     def _end_of_backward(self) -> None:
-        self._in_backward = False
-        if self._current is not None:
-            self._current.add("backward", self._backward_start_s, _core.now_s())
+        self._callback = _no_callback
+        if not self._begun:  # torch.autograd.grad, for one: it accumulates nothing
+            return
+        assert self._current is not None
+        self._current.add("backward", self._backward_start_s, _core.now_s())
         self._forward_end_s = 0.0
         self.synchronize()
+        self._begun = False
 
     # --- collectives -----------------------------------------------------------------------------------------------
 
@@ -220,7 +265,7 @@ class GradientAggregator:
         with torch.no_grad():
             bucket.announce_use()
         # With the index, so that a rank that has lost a backward is told so and does not mix up buckets.
-        layout = (self._layout + bucket.index) % 2**64
+        layout = (self._layout + self._attempt * len(self._buckets) + bucket.index) % 2**64
         if self._updater is not None:
             work = self._updater.submit(bucket, self.op, layout)
         else:
@@ -241,6 +286,8 @@ class GradientAggregator:
             with torch.no_grad():
                 for bucket in self._buckets:
                     bucket.settle_unused()
+        else:
+            self._updater.end_update()
         if self._current is not None:
             self._current.buckets.extend(self._records)
             self._current.add("wait", wait_start_s, _core.now_s())
@@ -254,9 +301,16 @@ class GradientAggregator:
         self._expects = False
 
     def _abandon_backward(self) -> None:
-        """The last backward raised before its end. Whether the other ranks' did too shows in the next collective."""
+        """If the last backward raised before its end. Whether the other ranks' did too shows in the next collective:
+        its layout counts the attempts, so that a bucket of this one never meets another's of the next."""
+        if not self._begun and self._next == 0:
+            return
         self._torn = self.torn
-        self._in_backward = False
+        for record in self._records:  # they may still read and write the buckets
+            with suppress(Error):  # which the next collective raises again
+                record.work.wait()
+        self._attempt += self._begun_to_sync
+        self._begun = False
         self._begin_anew()
 
     # --- the iteration's end -----------------------------------------------------------------------------------------
@@ -266,6 +320,11 @@ class GradientAggregator:
             return optimizer is self._optimizer
         ours = {slot.param for slot in self._slots}
         return any(param in ours for group in optimizer.param_groups for param in group["params"])
+
+    def _open_record(self, now: float) -> None:
+        if self._current is None:
+            self._count += 1
+            self._current = IterationRecord(self._count, now)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._step_start_s = _core.now_s()
@@ -286,9 +345,9 @@ class GradientAggregator:
     def _broadcast_module(self) -> None:
         with torch.no_grad():
             for tensor in [*self.module.parameters(), *self.module.buffers()]:
-                if is_dense(tensor):
+                if is_dense(tensor) and tensor.dtype in DTYPES:
                     self.comm.broadcast(tensor.detach())
-                else:
-                    copy = tensor.detach().contiguous()
-                    self.comm.broadcast(copy)
+                else:  # bool, complex, ...: a copy is bytes
+                    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+                    self.comm.broadcast(copy.flatten().view(torch.uint8))
                     tensor.copy_(copy)

@@ -9,6 +9,7 @@ import torch
 
 from pyallreduce._buffer import is_dense
 from pyallreduce.communicator import Communicator
+from pyallreduce.errors import UsageError
 
 DEFAULT_BUCKET_BYTES = 25 << 20  # as DDP
 ALIGN_BYTES = 64  # every parameter begins on a cache line of its own
@@ -25,7 +26,21 @@ class Slot:
     bucket: Bucket = field(init=False)
     index: int = field(init=False)  # in bucket.slots, and of its flag
     ready: bool = False  # in this backward
-    used: bool = False  # has a gradient since the last synchronisation
+    used: bool = False  # has had a gradient since the last synchronisation
+
+    def adopt_gradient(self) -> None:
+        """Moves a gradient of other memory into the bucket: a fresh one after zero_grad(set_to_none=True), that of
+        backward(create_graph=True), or one that the user has put there."""
+        grad = self.param.grad
+        if grad is None or grad is self.grad:
+            return
+        if grad.layout is not torch.strided:
+            raise UsageError(
+                f"the gradient of {self.name} is {grad.layout}; only dense ones can be aggregated (sparse=False)"
+            )
+        with torch.no_grad():
+            self.grad.copy_(grad)
+        self.param.grad = self.grad
 
 
 class Bucket:
@@ -37,7 +52,7 @@ class Bucket:
 
     def __init__(self, index: int, slots: list[Slot], dtype: torch.dtype) -> None:
         self.index, self.slots, self.dtype = index, slots, dtype
-        self.flags_begin = _end_of(slots[-1])
+        self.flags_begin = max(_end_of(slots[-1]), 1)  # not empty, so that it has a place in memory
         self.pending = len(slots)  # parameters without a gradient in this backward
         self.ready_s = 0.0  # when the last gradient came
         self.flat: torch.Tensor
@@ -57,17 +72,19 @@ class Bucket:
             slot.grad = view_of(self.flat, slot)
 
     def announce_use(self) -> None:
-        """Writes this rank's flags, and zeros where it has nothing to contribute."""
-        if all(slot.used for slot in self.slots):
-            self.flags.fill_(1)
-            return
-        self.flags.copy_(torch.tensor([slot.used for slot in self.slots]))
+        """Writes this rank's flags, and zeros where it has nothing to contribute.
+
+        A gradient counts as used although this backward has not touched it if it is not zero: it was accumulated
+        before. Mere zeros are what zero_grad(set_to_none=False) has left.
+        """
         for slot in self.slots:
-            if slot.param.grad is None:
+            if slot.param.grad is None:  # perhaps the user has dropped it
+                slot.used = False
                 slot.grad.zero_()
-            elif slot.param.grad is not slot.grad:  # the user's own tensor
-                slot.grad.copy_(slot.param.grad)
-                slot.param.grad = slot.grad
+            else:
+                slot.adopt_gradient()
+                slot.used = slot.used or bool(slot.grad.any())
+        self.flags.copy_(torch.tensor([slot.used for slot in self.slots]))
 
     def reset(self) -> None:
         """For the next iteration."""
@@ -80,10 +97,7 @@ class Bucket:
         if all(slot.used for slot in self.slots):
             return
         for slot, used_somewhere in zip(self.slots, self.flags.tolist(), strict=True):
-            if used_somewhere:
-                slot.param.grad = slot.grad
-            elif not slot.grad.any():  # else: accumulated before and not yet consumed by a step
-                slot.param.grad = None
+            slot.param.grad = slot.grad if used_somewhere else None
 
 
 def view_of(flat: torch.Tensor, slot: Slot) -> torch.Tensor:
@@ -111,7 +125,9 @@ def make_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[Bucket]:
         slots.append(Slot(name, param, begin))
     closed.extend(slots for slots in open_slots.values() if slots)
     order = {param: i for i, param in enumerate(reversed(list(module.parameters())))}
-    closed.sort(key=lambda slots: order[slots[-1].param])  # a bucket is complete with its last parameter
+    closed.sort(
+        key=lambda slots: order[slots[-1].param]
+    )  # a bucket is complete with its last parameter
     return [Bucket(i, slots, slots[0].param.dtype) for i, slots in enumerate(closed)]
 
 

@@ -58,16 +58,16 @@ def init(
         raise UsageError(f"init({', '.join(given)}) also needs store=; or give none of the three")
     if _implicit is not None and (existing := _implicit()) is not None and not existing.closed:
         raise UsageError(
-            "init() was called before in this process; use that communicator, close() it first, or pass store=, rank=, size="
+            "init() was called before in this process; use that communicator, close() it first, "
+            "or pass store=, rank=, size="
         )
     found = launch.detect(os.environ, settings["port"])
     if found.size == 1:
         comm = Communicator(0, 1, rendezvous.ALONE, timeout_s)
     else:
-        own = rendezvous.open_store(found, timeout_s)
-        roster = rendezvous.meet(own, found.rank, found.size, timeout_s)
+        found_store = rendezvous.open_store(found, timeout_s)
+        roster = rendezvous.meet(found_store, found.rank, found.size, timeout_s)
         comm = Communicator(found.rank, found.size, roster, timeout_s)
-        comm._store = own  # rank 0 may host it for others that are still reading
     _implicit = weakref.ref(comm)
     return comm
 
@@ -96,15 +96,12 @@ class Communicator:
     MismatchError, after which the communicator cannot be used; UsageError, after which it can.
     """
 
-    def __init__(
-        self, rank: int, size: int, roster: rendezvous.Roster, timeout_s: float
-    ) -> None:
+    def __init__(self, rank: int, size: int, roster: rendezvous.Roster, timeout_s: float) -> None:
         self.rank, self.size = rank, size
         self.local_rank = roster.node_ranks.index(rank)
         self.local_size = len(roster.node_ranks)
         self.node_rank, self.num_nodes = roster.node_rank, roster.num_nodes
         self.timeout_s = timeout_s
-        self._store: dist.Store | None = None
         self._core: _core.Communicator | None = _core.Communicator(
             self.local_rank, list(roster.node_ranks), roster.socket_name, roster.token, timeout_s
         )
@@ -120,7 +117,7 @@ class Communicator:
         return {"rank": self.rank, "size": self.size}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _core=None, closed=True, _store=None)
+        self.__dict__.update(state, _core=None, closed=True)
 
     @property
     def core(self) -> _core.Communicator:
@@ -157,7 +154,8 @@ class Communicator:
         to, source = self._two_spans(output, input)
         if source.numel != self.size * to.numel:
             raise UsageError(
-                f"input has {source.numel} elements, output {to.numel}; input needs size x output = {self.size * to.numel}"
+                f"input has {source.numel} elements, output {to.numel}; "
+                f"input needs size x output = {self.size * to.numel}"
             )
         work = self.core.reduce_scatter(
             to.address, source.address, to.numel, to.dtype, op_of(op, input.dtype), async_op
@@ -171,16 +169,15 @@ class Communicator:
         to, source = self._two_spans(output, input)
         if to.numel != self.size * source.numel:
             raise UsageError(
-                f"output has {to.numel} elements, input {source.numel}; output needs size x input = {self.size * source.numel}"
+                f"output has {to.numel} elements, input {source.numel}; "
+                f"output needs size x input = {self.size * source.numel}"
             )
         work = self.core.all_gather(
             to.address, source.address, source.numel, source.dtype, async_op
         )
         return self._finish(work, output, input)
 
-    def broadcast(
-        self, tensor: torch.Tensor, root: int = 0, async_op: bool = False
-    ) -> Work | None:
+    def broadcast(self, tensor: torch.Tensor, root: int = 0, async_op: bool = False) -> Work | None:
         """Copies ``tensor`` of rank ``root`` to all ranks."""
         span = span_of(tensor)
         if not isinstance(root, int) or not 0 <= root < self.size:
@@ -224,7 +221,9 @@ class Communicator:
         to = span_of(output, "output", contiguous=True)
         source = span_of(input, "input", contiguous=True)
         if output.dtype != input.dtype:
-            raise UsageError(f"output has dtype {output.dtype}, input {input.dtype}; they must agree")
+            raise UsageError(
+                f"output has dtype {output.dtype}, input {input.dtype}; they must agree"
+            )
         check_disjoint(output, input)
         return to, source
 

@@ -11,7 +11,6 @@ import queue
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyallreduce.communicator import Communicator, Work
 from pyallreduce.errors import UsageError
+
 
 class _Completer:
     """Waits for collectives in order and completes their futures."""
@@ -96,7 +96,7 @@ def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
 def _check_ddp(comm: Communicator) -> None:
     """Once, at the first bucket: DDP's ranks must be ours, and the modes in which DDP itself is wrong get a warning."""
     for ddp in (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)):
-        if not any(state is comm for _, state in ddp._comm_hooks):
+        if not any(state is comm for _, state in getattr(ddp, "_comm_hooks", ())):
             continue
         group = ddp.process_group
         if (group.rank(), group.size()) != (comm.rank, comm.size):
@@ -110,5 +110,3 @@ def _check_ddp(comm: Communicator) -> None:
                 "(pytorch#187732); use GradientAggregator if you accumulate gradients",
                 stacklevel=2,
             )
-
-

@@ -14,7 +14,7 @@ from pyallreduce._buffer import DTYPES
 from pyallreduce.buckets import Bucket, view_of
 from pyallreduce.communicator import Communicator
 from pyallreduce.errors import UsageError
-from pyallreduce.sgd import SGD, scalars_of
+from pyallreduce.sgd import SGD, momentum_lr_of, scalars_of
 
 
 class _Place:
@@ -34,27 +34,36 @@ class _Place:
         )
 
 
-class EagerUpdater:
-    """Collective construction, in bucket order. ``optimizer`` must hold exactly the buckets' parameters."""
+def check_optimizer(optimizer: torch.optim.Optimizer | None, buckets: list[Bucket]) -> SGD:
+    """UsageError unless it is a par.SGD, free, over exactly the buckets' parameters."""
+    if not isinstance(optimizer, SGD):
+        raise UsageError('update="eager" needs optimizer=par.SGD(...), which computes the update')
+    if optimizer._eager is not None:
+        raise UsageError("this optimizer is attached to another aggregator; close that one first")
+    slots = {slot.param: slot.name for bucket in buckets for slot in bucket.slots}
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    missing = [name for param, name in slots.items() if param not in held]
+    if missing or len(held) != len(slots):
+        raise UsageError(
+            'update="eager" needs an optimizer over exactly the trainable parameters; '
+            + (f"it lacks {', '.join(missing[:5])}" if missing else "it holds others too")
+        )
+    return optimizer
 
-    def __init__(
-        self, comm: Communicator, buckets: list[Bucket], optimizer: torch.optim.Optimizer | None
-    ) -> None:
-        if not isinstance(optimizer, SGD):
-            raise UsageError('update="eager" needs optimizer=par.SGD(...), which computes the update')
-        if optimizer._eager is not None:
-            raise UsageError("this optimizer is attached to another aggregator; close that one first")
-        slots = {slot.param: slot.name for bucket in buckets for slot in bucket.slots}
-        held = {param for group in optimizer.param_groups for param in group["params"]}
-        missing = [name for param, name in slots.items() if param not in held]
-        if missing or len(held) != len(slots):
-            raise UsageError(
-                'update="eager" needs an optimizer over exactly the trainable parameters; '
-                + (f"it lacks {', '.join(missing[:5])}" if missing else "it holds others too")
-            )
+
+class EagerUpdater:
+    """Collective construction, in bucket order. ``optimizer`` has passed ``check_optimizer``."""
+
+    def __init__(self, comm: Communicator, buckets: list[Bucket], optimizer: SGD) -> None:
         self._comm, self._buckets, self._optimizer = comm, buckets, optimizer
         self._places = [_Place(bucket, comm, optimizer) for bucket in buckets]
         self._updated = False  # since the last step()
+        self._units = [
+            momentum_lr_of(group) for group in optimizer.param_groups
+        ]  # of the last update
+        self.gradients_are_zero = (
+            True  # the pass that consumed them has zeroed them, and nothing came since
+        )
         optimizer._eager = self
         for bucket in buckets:
             self._adopt_weights(bucket)
@@ -64,6 +73,7 @@ class EagerUpdater:
         """Starts the bucket's one pass; the learning rates are those of now."""
         self._adopt_weights(bucket)
         place, groups = self._places[bucket.index], self._optimizer.param_groups
+        self._units = [momentum_lr_of(group) for group in groups]
         # From here on the weights may change under a graph that still holds them.
         increment_version([slot.param for slot in bucket.slots])
         self._updated = True
@@ -79,19 +89,25 @@ class EagerUpdater:
             layout,
         )
 
-    def check_may_begin(self) -> None:
+    def begin_backward(self) -> None:
         if self._updated:
             raise UsageError(
                 'a second backward before step(): with update="eager" the first has updated the parameters already. '
                 "Accumulate under no_sync(), or call step()"
             )
+        self.gradients_are_zero = False
+
+    def end_update(self) -> None:
+        """All buckets are updated."""
+        self.gradients_are_zero = True
 
     def close_update(self) -> None:
+        """``step()``: the next backward may update again."""
+        if self._updated:
+            for group, unit in zip(self._optimizer.param_groups, self._units, strict=True):
+                if group["form"] == "absorbed":
+                    group["momentum_lr"] = unit
         self._updated = False
-
-    def gradients_are_zero(self) -> bool:
-        """The pass that consumed them has zeroed them, and nothing came since."""
-        return not any(slot.used for bucket in self._buckets for slot in bucket.slots)
 
     def adopt_momentum(self) -> None:
         """Moves the optimizer's momentum buffers into the shared ones, after it was built or has loaded a state."""

@@ -57,7 +57,9 @@ def _mpirun(env: Mapping[str, str], rank_name: str, size_name: str) -> Launch:
 
 
 def _started_by_srun(env: Mapping[str, str]) -> bool:
-    batch_step = str(0xFFFFFFFB)  # the script of sbatch itself: one process, whatever SLURM_NTASKS says
+    batch_step = str(
+        0xFFFFFFFB
+    )  # the script of sbatch itself: one process, whatever SLURM_NTASKS says
     return (
         "SLURM_PROCID" in env
         and env.get("SLURM_NTASKS", "1") != "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
@@ -14,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pyallreduce._core import __version__
-from pyallreduce.errors import Error, MismatchError, TimeoutError, UsageError
+from pyallreduce.errors import Error, MismatchError, PeerError, TimeoutError, UsageError
 from pyallreduce.launch import Launch
 
 
@@ -41,10 +42,15 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     if dist.is_available() and dist.is_initialized():
         return dist.PrefixStore("pyallreduce", dist.distributed_c10d._get_default_store())
     if launch.launcher == "mpirun":
-        return _store_by_mpi(launch, timeout_s)
+        return dist.PrefixStore("pyallreduce", _store_by_mpi(launch, timeout_s))
+    return dist.PrefixStore("pyallreduce", _tcp_store(launch, timeout_s))
+
+
+@functools.lru_cache(maxsize=1)  # rank 0 can listen on the port only once; later communicators meet there again
+def _tcp_store(launch: Launch, timeout_s: float) -> dist.Store:
     hosts_it = launch.rank == 0 and not launch.agent_store
     try:
-        store = dist.TCPStore(
+        return dist.TCPStore(
             launch.address,
             launch.port,
             launch.size,
@@ -63,9 +69,9 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
             f"{timeout_s} s. Has rank 0 called init()? Is MASTER_ADDR right?",
             (0,),
         ) from error
-    return dist.PrefixStore("pyallreduce", store)
 
 
+@functools.lru_cache(maxsize=1)
 def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.Store:
     try:
         from mpi4py import MPI
@@ -89,7 +95,7 @@ def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.Store:
     if store is None:
         host = "127.0.0.1" if node == _node_key() else host
         store = dist.TCPStore(host, port, launch.size, False, timeout, wait_for_workers=False)
-    return dist.PrefixStore("pyallreduce", store)
+    return store
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
@@ -105,14 +111,20 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
     prefix = f"communicator/{store.add(f'joins/{rank}', 1)}"
     store.set(f"{prefix}/{rank}", json.dumps(mine))
     keys = [f"{prefix}/{r}" for r in range(size)]
-    _wait_for(store, keys, timeout_s)
-    records: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
+    try:
+        _wait_for(store, keys, timeout_s)
+        records: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
+    except dist.DistNetworkError as error:
+        raise PeerError(
+            f"the store of the rendezvous is gone ({error}); rank 0 or the launcher, who host it, have ended", (0,)
+        ) from error
 
     for field in ("size", "version"):
         odd = [r for r, record in enumerate(records) if record[field] != records[0][field]]
         if odd:
             raise MismatchError(
-                f"rank 0 has {field} {records[0][field]}, rank {odd[0]} has {records[odd[0]][field]}", odd
+                f"rank 0 has {field} {records[0][field]}, rank {odd[0]} has {records[odd[0]][field]}",
+                odd,
             )
     nodes = list(dict.fromkeys(record["node"] for record in records))
     node = mine["node"]

@@ -1,4 +1,4 @@
-"""One iteration's record, and the report made of it. Definitions: paper-independent, see ``summarise``."""
+"""One iteration's record, and the report made of it."""
 
 from __future__ import annotations
 
@@ -61,17 +61,21 @@ def summarise(record: IterationRecord | None, size: int) -> dict[str, Any]:
 
     C: union of forward, backward and update; M: union over buckets of [start, end] of their collective.
     comm_busy_s = |M|, exposed_comm_s = |M minus C|, overlap_ratio = |M and C| / |M|, None if |M| is 0.
-    skew_s[r]: how much earlier than the last rank rank r arrived, mean over the buckets; the slowest rank has the least.
+    skew_s[r]: how much earlier than the last rank r arrived, mean over the buckets; the slowest has the least.
     """
     if record is None:
         record = IterationRecord(iteration=0, start_s=0.0)
     zero = record.start_s
-    busy = union([(s, e) for name, s, e in record.phases if name in ("forward", "backward", "update")])
+    busy = union(
+        [(s, e) for name, s, e in record.phases if name in ("forward", "backward", "update")]
+    )
     times = [bucket.work.times() for bucket in record.buckets]
     comm = union([(start, end) for _, start, end, _ in times])
     hidden = length(intersection(comm, busy))
     lateness = [[max(arrivals) - t for t in arrivals] for *_, arrivals in times]
-    skew = [sum(row[r] for row in lateness) / len(lateness) if lateness else 0.0 for r in range(size)]
+    skew = [
+        sum(row[r] for row in lateness) / len(lateness) if lateness else 0.0 for r in range(size)
+    ]
     return {
         "iteration": record.iteration,
         "window_s": record.end_s - zero,

@@ -1,11 +1,11 @@
 """All-reduce algorithms as data: who exchanges which chunks with whom, step by step.
 
 ``ring(rank, size)``, ``halving_doubling(rank, size)`` and ``direct(rank, size)`` return what one
-rank does, as a ``Schedule(rank, size, num_chunks, steps)``. Each step is a ``Step(sends, recvs)`` of
-``Transfer(peer, begin, end, reduce)``: chunks ``[begin, end)`` of the buffer go to, or come from,
-``peer``, and are added (``reduce``) or overwritten at the receiver. Sends read what was there before
-the step; a send meets its receive in the same step. Nothing here communicates, and torch is not
-needed.
+rank does, as a ``Schedule(rank, size, num_chunks, steps)``. Each step is a ``Step(sends, recvs)``
+of ``Transfer(peer, begin, end, reduce)``: chunks ``[begin, end)`` of the buffer go to, or come
+from, ``peer``, and are added (``reduce``) or overwritten at the receiver. Sends read what was there
+before the step; a send meets its receive in the same step. Nothing here communicates, and torch is
+not needed.
 
 Goyal et al. 2017, section 4.1, compares ring and halving-doubling, and extends the latter to any
 number of ranks by binary blocks. With p ranks and b bytes, each rank sends:

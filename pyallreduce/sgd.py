@@ -19,6 +19,8 @@ Scalars = _core.kernels.SgdScalars  # the arguments of csrc/kernels/sgd_rule.h
 
 FORMS = ("reference", "absorbed")
 
+_Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weights, momentum, gradient
+
 
 class SGD(torch.optim.Optimizer):
     """SGD with momentum, Nesterov by default; weights, momentum and gradients are read and written in one pass.
@@ -36,6 +38,9 @@ class SGD(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
+    _eager: EagerUpdater | None = (
+        None  # in the class too: a copy or a pickle is attached to nothing
+    )
 
     def __init__(
         self,
@@ -57,10 +62,13 @@ class SGD(torch.optim.Optimizer):
             "correction": correction,
             "momentum_lr": None,  # absorbed form: the momentum buffers are in units of this learning rate
         }
-        self._eager: EagerUpdater | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._eager is not None:
+            raise UsageError(
+                "an eager aggregator updates a fixed set of parameters; close it first"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -76,21 +84,27 @@ class SGD(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # a state of torch.optim.SGD lacks ours
+        for group in self.param_groups:
+            if "form" not in group:  # of torch.optim.SGD, whose momentum knows no learning rate
+                group["momentum_lr"] = 1.0
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            if group.get("dampening") or group.get("maximize"):
-                raise UsageError("a state with dampening or maximize cannot be loaded: SGD has neither")
-            _check(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of this class or of torch.optim.SGD. Local; with an eager aggregator all ranks load the same state."""
+        for group in state_dict["param_groups"]:  # before anything changes
+            if group.get("dampening") or group.get("maximize"):
+                raise UsageError(
+                    "a state with dampening or maximize cannot be loaded: SGD has neither"
+                )
+            _check({**self.defaults, **group})
         super().load_state_dict(state_dict)
         if self._eager is not None:
             self._eager.adopt_momentum()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. Gradients that an eager update has consumed are zero already and stay where they are."""
-        if self._eager is None or not self._eager.gradients_are_zero():
+        if self._eager is None or not self._eager.gradients_are_zero:
             super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -103,56 +117,82 @@ class SGD(torch.optim.Optimizer):
                 loss = closure()
         if self._eager is not None:
             if self.found_inf is not None:
-                raise UsageError('GradScaler needs update="step": an eager update cannot be withheld')
+                raise UsageError(
+                    'GradScaler needs update="step": an eager update cannot be withheld'
+                )
             self._eager.close_update()
         elif self.found_inf is not None and float(self.found_inf) != 0:
             return loss
         else:
             scale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
-            for group in self.param_groups:
-                self._step_group(group, scale)
-        for group in self.param_groups:
-            if group["form"] == "absorbed":
-                group["momentum_lr"] = momentum_lr_of(group)
+            for group, work in [
+                (g, self._gather(g)) for g in self.param_groups
+            ]:  # checks come first
+                self._update(group, work, scale)
         return loss
 
-    def _step_group(self, group: dict[str, Any], scale: float) -> None:
-        spans: dict[torch.dtype, list[tuple[int, int, int, int]]] = {}
-        kept: list[torch.Tensor] = []  # gradients rearranged for this call
-        updated: list[torch.Tensor] = []
+    def _gather(self, group: dict[str, Any]) -> list[_Triple]:
+        """The group's weights with a gradient: as the kernel reads them, and checked."""
+        triples: list[_Triple] = []
         for param in group["params"]:
             grad = param.grad
             if grad is None:
                 continue
-            if grad.is_sparse or grad.dtype != param.dtype:
-                raise UsageError(f"a gradient is {grad.layout}, {grad.dtype}; SGD needs the parameter's")
+            if grad.is_sparse or grad.dtype != param.dtype or not param.is_cpu:
+                raise UsageError(
+                    f"a gradient is {grad.layout}, {grad.dtype}, of a parameter that is {param.dtype} on "
+                    f"{param.device}; both must be dense, of one dtype, on the CPU"
+                )
             if not is_dense(param):
                 raise UsageError("a parameter overlaps itself or has gaps; SGD needs dense memory")
             if grad.stride() != param.stride():
                 grad = torch.empty_like(param).copy_(grad)
-                kept.append(grad)
-            momentum = self._momentum_buffer(param) if group["momentum"] else None
-            spans.setdefault(param.dtype, []).append(
-                (
-                    param.data_ptr(),
-                    0 if momentum is None else momentum.data_ptr(),
-                    grad.data_ptr(),
-                    param.numel(),
-                )
+            triples.append(
+                (param, self._momentum_buffer(param) if group["momentum"] else None, grad)
             )
-            updated.append(param)
+        return triples
+
+    def _update(self, group: dict[str, Any], triples: list[_Triple], scale: float) -> None:
+        spans: dict[torch.dtype, list[tuple[int, int, int, int]]] = {}
+        for param, momentum, grad in triples:
+            at = 0 if momentum is None else momentum.data_ptr()
+            spans.setdefault(param.dtype, []).append(
+                (param.data_ptr(), at, grad.data_ptr(), param.numel())
+            )
         for dtype, table in spans.items():
             _core.kernels.sgd_many(table, DTYPES[dtype].name, scalars_of(group), scale, False)
-        if updated:
-            increment_version(updated)
+        if triples:
+            increment_version([param for param, _, _ in triples])
+        if group["form"] == "absorbed":
+            self._change_unit(group)
+
+    def _change_unit(self, group: dict[str, Any]) -> None:
+        """Of the momentum that this step has not touched; the kernel has changed the others'."""
+        unit, previous = momentum_lr_of(group), group["momentum_lr"]
+        group["momentum_lr"] = unit
+        if previous in (None, unit) or not group["correction"]:
+            return
+        for param in group["params"]:
+            if param.grad is None and param in self.state:
+                self.state[param]["momentum_buffer"].mul_(unit / previous)
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
         state = self.state[param]
-        buffer = state.get("momentum_buffer")
-        if buffer is None or buffer.stride() != param.stride():
+        buffer: torch.Tensor | None = state.get("momentum_buffer")
+        if buffer is not None and buffer.shape != param.shape:
+            raise UsageError(
+                f"a momentum buffer has shape {tuple(buffer.shape)}, its parameter {tuple(param.shape)}; "
+                "was this state saved from another model?"
+            )
+        if (
+            buffer is None
+            or buffer.stride() != param.stride()
+            or buffer.dtype != param.dtype
+            or buffer.device != param.device
+        ):
             fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
-        return state["momentum_buffer"]
+            buffer = state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
+        return buffer
 
 
 def scalars_of(group: dict[str, Any]) -> Scalars:

@@ -16,7 +16,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["numpy", "torch", "pyallreduce", "pyallreduce.aggregator", "ranks"])
+_context.set_forkserver_preload(
+    ["numpy", "torch", "pyallreduce", "pyallreduce.aggregator", "ranks"]
+)
 
 
 @dataclass
@@ -90,7 +92,9 @@ def outcomes_of(
         if not ready:
             break
     late = sorted(open_pipes.values())
-    for rank in late:  # their stacks, to stderr; then the end of what we have started, and of nothing else
+    for (
+        rank
+    ) in late:  # their stacks, to stderr; then the end of what we have started, and of nothing else
         os.kill(processes[rank].pid, signal.SIGCONT)
         os.kill(processes[rank].pid, signal.SIGUSR1)
     if late:
@@ -106,7 +110,9 @@ def outcomes_of(
         process.close()
         pipes[rank].close()
     if late and started is None:
-        raise AssertionError(f"ranks {late} had not ended after {deadline_s} s; their stacks are on stderr")
+        raise AssertionError(
+            f"ranks {late} had not ended after {deadline_s} s; their stacks are on stderr"
+        )
     return outcomes
 
 
@@ -125,7 +131,12 @@ def free_port_pair() -> int:
 
 
 def _run_rank(
-    pipe: Connection, rank: int, n: int, variables: dict[str, str], fn: Callable[..., Any], args: Any
+    pipe: Connection,
+    rank: int,
+    n: int,
+    variables: dict[str, str],
+    fn: Callable[..., Any],
+    args: Any,
 ) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(variables)

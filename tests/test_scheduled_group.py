@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from pyallreduce._core import inproc
 
 import pyallreduce as par
+from pyallreduce._core import inproc
 
 SCHEDULES = par.schedules.names()
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -208,6 +208,28 @@ def test_barrier_waits_for_the_last(size, schedule):
     assert results_of(size, schedule, body) == [size] * size
 
 
+def integers(rank, num_elems):
+    return (torch.arange(num_elems) * 2654435761 + rank * 40503) << 13  # the sums wrap
+
+
+@functools.cache
+def reals(rank, num_elems):
+    """To be cloned."""
+    return torch.from_numpy(np.random.default_rng(rank).standard_normal(num_elems))
+
+
+@functools.cache
+def totals(size, num_elems):
+    """Of integers; of reals, in a wider type; and how far float64 may be from the latter."""
+    whole = torch.zeros(num_elems, dtype=torch.int64)
+    wide, magnitude = np.zeros(num_elems, dtype=np.longdouble), np.zeros(num_elems)
+    for rank in range(size):
+        whole += integers(rank, num_elems)
+        wide += reals(rank, num_elems).numpy()
+        magnitude += abs(reals(rank, num_elems).numpy())
+    return whole, wide, size * np.finfo(np.float64).eps * magnitude
+
+
 @schedules
 @pytest.mark.parametrize("size", [*range(1, 18), 24, 31, 32, 44])
 def test_the_papers_sizes_and_lengths(size, schedule):
@@ -215,27 +237,16 @@ def test_the_papers_sizes_and_lengths(size, schedule):
     if size in (2, 7):
         lengths.append(1_000_003)
 
-    def integers(rank, n):
-        return (torch.arange(n, dtype=torch.int64) * 2654435761 + rank * 40503) << 13  # wraps
-
-    def reals(rank, n):
-        return torch.from_numpy(np.random.default_rng(rank).standard_normal(n))
-
     def body(group):
         whole = [group.all_reduce(integers(group.rank, n)) for n in lengths]
-        return whole + [group.all_reduce(reals(group.rank, n)) for n in lengths]
+        return whole + [group.all_reduce(reals(group.rank, n).clone()) for n in lengths]
 
     ranks = results_of(size, schedule, body)
     for i, n in enumerate(lengths):
-        total = torch.zeros(n, dtype=torch.int64)
-        for rank in range(size):
-            total += integers(rank, n)
-        assert_equal_on_all_ranks([tensors[i] for tensors in ranks], total, f"int64 x {n}")
-
-        inputs = [reals(rank, n).numpy().astype(np.longdouble) for rank in range(size)]
+        integer_total, real_total, largest_error = totals(size, n)
+        assert_equal_on_all_ranks([tensors[i] for tensors in ranks], integer_total, f"int64 x {n}")
         found = [tensors[len(lengths) + i] for tensors in ranks]
-        error = abs(found[0].numpy() - sum(inputs))
-        assert (error <= size * np.finfo(np.float64).eps * sum(map(abs, inputs))).all()
+        assert (abs(found[0].numpy() - real_total) <= largest_error).all()
         assert len({bits(tensor) for tensor in found}) == 1
 
 
@@ -389,7 +400,7 @@ def test_different_schedules_are_a_mismatch():
 
 
 @schedules
-@pytest.mark.parametrize("missing", [0, 2, 4])
+@pytest.mark.parametrize("missing", [0, 3])
 def test_a_timeout_names_the_missing_rank(schedule, missing):
     is_over = threading.Event()
     raised = []
@@ -400,7 +411,7 @@ def test_a_timeout_names_the_missing_rank(schedule, missing):
             is_over.wait(10)
         start = time.monotonic()
         try:
-            group.all_reduce(torch.ones(100), timeout_s=0.5)
+            group.all_reduce(torch.ones(100), timeout_s=0.4)
         finally:
             raised.append(time.monotonic() - start)
             if len(raised) == 4:
@@ -413,7 +424,7 @@ def test_a_timeout_names_the_missing_rank(schedule, missing):
         assert error.peers == (missing,)
         assert f"rank {missing} had not arrived" in str(error)
         assert "all_reduce(sum, float32, 100 elements) as call 2" in str(error)
-    assert max(raised) < 1.5
+    assert max(raised) < 1.4
 
 
 @schedules

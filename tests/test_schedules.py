@@ -8,9 +8,9 @@ import sys
 from collections import defaultdict
 
 import pytest
-from pyallreduce._core import schedules as parts
 
 import pyallreduce as par
+from pyallreduce._core import schedules as parts
 
 SIZES = range(1, 65)
 POWERS_OF_TWO = [1, 2, 4, 8, 16, 32, 64]

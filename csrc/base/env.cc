@@ -1,9 +1,8 @@
 #include "base/env.h"
 
-#include <unistd.h>
-
 #include <charconv>
 #include <string_view>
+#include <unistd.h>
 
 #include "base/error.h"
 
@@ -16,7 +15,8 @@ template <typename Number>
 Number parse(std::string_view name, std::string_view text, Number least, Number most) {
   Number value{};
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size() || !(value >= least && value <= most))
+  if (error != std::errc{} || end != text.data() + text.size() ||
+      !(value >= least && value <= most))
     throw UsageError(std::string(name) + "=" + std::string(text) + ": expected a number from " +
                      std::to_string(least) + " to " + std::to_string(most));
   return value;
@@ -28,12 +28,9 @@ struct Variable {
 };
 
 constexpr Variable kVariables[] = {
-    {"PYALLREDUCE_ISA",
-     [](Env& env, std::string_view, std::string_view text) { env.isa = text; }},
-    {"PYALLREDUCE_PORT",
-     [](Env& env, std::string_view name, std::string_view text) {
-       env.port = parse(name, text, 1, 65535);
-     }},
+    {"PYALLREDUCE_ISA", [](Env& env, std::string_view, std::string_view text) { env.isa = text; }},
+    {"PYALLREDUCE_PORT", [](Env& env, std::string_view name,
+                            std::string_view text) { env.port = parse(name, text, 1, 65535); }},
     {"PYALLREDUCE_TIMEOUT_S",
      [](Env& env, std::string_view name, std::string_view text) {
        env.timeout_s = parse(name, text, 1e-3, 1e9);
@@ -54,8 +51,8 @@ Env read_env() {
       names += " " + std::string(variable.name);
     }
     if (!known)
-      throw UsageError("unknown environment variable " + std::string(name) + "; known are:" + names +
-                       ". Correct or unset it.");
+      throw UsageError("unknown environment variable " + std::string(name) +
+                       "; known are:" + names + ". Correct or unset it.");
     known->read(env, name, line.substr(name.size() + 1));
   }
   return env;

@@ -6,15 +6,18 @@
 namespace pyar {
 
 struct Env {
-  // PYALLREDUCE_ISA: instruction set of the CPU kernels (baseline, avx2, avx512). Default: the widest this CPU has.
+  // PYALLREDUCE_ISA: instruction set of the CPU kernels (baseline, avx2, avx512). Default: the
+  // widest this CPU has.
   std::string isa;
-  // PYALLREDUCE_PORT: port of the rendezvous when no launcher provides a store. Default: MASTER_PORT + 1.
+  // PYALLREDUCE_PORT: port of the rendezvous when no launcher provides a store. Default:
+  // MASTER_PORT + 1.
   int port = 0;
   // PYALLREDUCE_TIMEOUT_S: default of init(timeout_s=...), seconds.
   double timeout_s = 60.0;
 };
 
-// Reads PYALLREDUCE_* anew. UsageError for an unknown name (it lists the known ones) and for a value that cannot be read.
+// Reads PYALLREDUCE_* anew. UsageError for an unknown name (it lists the known ones) and for a
+// value that cannot be read.
 Env read_env();
 
 }  // namespace pyar

@@ -21,8 +21,6 @@ void throw_error(Cause cause, const std::string& message, std::vector<int> peers
   throw Error(message, std::move(peers));
 }
 
-void throw_errno(const std::string& what) {
-  throw Error(what + ": " + std::strerror(errno));
-}
+void throw_errno(const std::string& what) { throw Error(what + ": " + std::strerror(errno)); }
 
 }  // namespace pyar

@@ -1,4 +1,5 @@
-// The one family of errors. A message says who, what, where and what to do; `peers` holds global ranks, sorted.
+// The one family of errors. A message says who, what, where and what to do; `peers` holds global
+// ranks, sorted.
 #pragma once
 
 #include <stdexcept>

@@ -1,8 +1,7 @@
 #include "base/fork.h"
 
-#include <pthread.h>
-
 #include <atomic>
+#include <pthread.h>
 
 namespace pyar {
 namespace {
@@ -12,8 +11,8 @@ std::atomic<unsigned> generation{0};
 }  // namespace
 
 unsigned fork_generation() {
-  static const int registered = pthread_atfork(
-      nullptr, nullptr, [] { generation.fetch_add(1, std::memory_order_relaxed); });
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { generation.fetch_add(1, std::memory_order_relaxed); });
   (void)registered;
   return generation.load(std::memory_order_relaxed);
 }

@@ -3,7 +3,8 @@
 
 namespace pyar {
 
-// How many forks lie between this process and the one that loaded the library. Cheaper than getpid().
+// How many forks lie between this process and the one that loaded the library. Cheaper than
+// getpid().
 unsigned fork_generation();
 
 }  // namespace pyar

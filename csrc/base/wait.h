@@ -1,9 +1,9 @@
-// The one wait loop. Every wait in the core has a deadline, and someone who says what is being waited for.
+// The one wait loop. Every wait in the core has a deadline, and someone who says what is being
+// waited for.
 #pragma once
 
-#include <sched.h>
-
 #include <algorithm>
+#include <sched.h>
 
 #include "base/clock.h"
 
@@ -20,8 +20,9 @@ class Deadline {
   double timeout_s_, at_s_;
 };
 
-// How long a waiter keeps its core before it sleeps. Spinning saves a wake-up (about 5 us under KVM) while the peer
-// runs on another core; once ranks outnumber cores each spin delays the very peer that is waited for.
+// How long a waiter keeps its core before it sleeps. Spinning saves a wake-up (about 5 us under
+// KVM) while the peer runs on another core; once ranks outnumber cores each spin delays the very
+// peer that is waited for.
 struct Patience {
   int spins;   // about 40 ns each
   int yields;  // about 0.5 us each, or a time slice of whoever else is runnable
@@ -40,9 +41,10 @@ inline void pause_core() {
 #endif
 }
 
-// Returns once ready() is true: spins, then yields, then sleeps. `sleep(slice_s)` blocks for at most that long and
-// may return early; `watch(late)` runs after each slice and throws if the wait cannot end well: someone died, the
-// communicator is being closed, or, always when `late`, the deadline has passed.
+// Returns once ready() is true: spins, then yields, then sleeps. `sleep(slice_s)` blocks for at
+// most that long and may return early; `watch(late)` runs after each slice and throws if the wait
+// cannot end well: someone died, the communicator is being closed, or, always when `late`, the
+// deadline has passed.
 template <typename Ready, typename Sleep, typename Watch>
 void await(const Deadline& deadline, Patience patience, Ready ready, Sleep sleep, Watch watch) {
   for (int i = 0; i < patience.spins; ++i, pause_core())

@@ -1,8 +1,7 @@
 // One rank's engine over the ranks of its host.
+#include <optional>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <optional>
 #include <thread>
 
 #include "base/error.h"
@@ -15,8 +14,8 @@ namespace py = pybind11;
 namespace pyar {
 namespace {
 
-// Lets Python handle signals while a call waits without the GIL. A handler that raises (Ctrl-C) ends the wait: the
-// core sees an Error, the caller of this call the exception of the handler.
+// Lets Python handle signals while a call waits without the GIL. A handler that raises (Ctrl-C)
+// ends the wait: the core sees an Error, the caller of this call the exception of the handler.
 class SignalCheck {
  public:
   template <typename Body>
@@ -44,7 +43,8 @@ class SignalCheck {
 Patience patience_for(int local_size) {
   cpu_set_t cores;
   const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
-  const int count = known ? CPU_COUNT(&cores) : static_cast<int>(std::thread::hardware_concurrency());
+  const int count =
+      known ? CPU_COUNT(&cores) : static_cast<int>(std::thread::hardware_concurrency());
   return local_size <= count ? kSpinFirst : kSleepSoon;
 }
 
@@ -100,7 +100,8 @@ struct Part {
 
 void* address(uintptr_t value) { return reinterpret_cast<void*>(value); }
 
-// The parameters of a bucket, fixed when the aggregator is built; scalars come anew with each update.
+// The parameters of a bucket, fixed when the aggregator is built; scalars come anew with each
+// update.
 struct UpdatePlan {
   struct Entry {
     size_t begin, num_elems, group;
@@ -144,13 +145,13 @@ void bind_communicator(py::module_& m) {
   });
 
   py::class_<UpdatePlan>(m, "UpdatePlan")
-      .def(py::init([](const std::vector<std::tuple<size_t, size_t, size_t>>& entries,
-                       size_t flags_begin) {
-        UpdatePlan plan{{}, flags_begin};
-        for (const auto& [begin, num_elems, group] : entries)
-          plan.entries.push_back({begin, num_elems, group});
-        return plan;
-      }));
+      .def(py::init(
+          [](const std::vector<std::tuple<size_t, size_t, size_t>>& entries, size_t flags_begin) {
+            UpdatePlan plan{{}, flags_begin};
+            for (const auto& [begin, num_elems, group] : entries)
+              plan.entries.push_back({begin, num_elems, group});
+            return plan;
+          }));
 
   using C = Communicator;
   py::class_<C>(m, "Communicator")

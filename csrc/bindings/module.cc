@@ -1,4 +1,5 @@
-// The extension module `pyallreduce._core`: converts, releases the GIL, maps exceptions; decides nothing.
+// The extension module `pyallreduce._core`: converts, releases the GIL, maps exceptions; decides
+// nothing.
 #include <pybind11/pybind11.h>
 
 #include "base/clock.h"
@@ -38,7 +39,8 @@ void translate(std::exception_ptr thrown) {
   } catch (const Error& error) {
     py::tuple peers(error.peers().size());
     for (size_t i = 0; i < error.peers().size(); ++i) peers[i] = error.peers()[i];
-    const py::object type = py::module_::import("pyallreduce.errors").attr(python_name(error.cause()));
+    const py::object type =
+        py::module_::import("pyallreduce.errors").attr(python_name(error.cause()));
     PyErr_SetObject(type.ptr(), type(error.what(), peers).ptr());
   }
 }

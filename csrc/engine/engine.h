@@ -1,4 +1,5 @@
-// When, not how: one order on all ranks, one collective at a time, the first error wins. Knows nothing but Group.
+// When, not how: one order on all ranks, one collective at a time, the first error wins. Knows
+// nothing but Group.
 #pragma once
 
 #include <condition_variable>
@@ -15,12 +16,14 @@
 
 namespace pyar {
 
-// One collective on its way; also its entry in the event record. Times are seconds of now_s(), 0 until they happen.
+// One collective on its way; also its entry in the event record. Times are seconds of now_s(), 0
+// until they happen.
 class Work {
  public:
   struct Times {
     double enqueued_s = 0, start_s = 0, end_s = 0;
-    std::vector<double> arrivals_s;  // [size]: when each rank arrived; empty if the group does not tell
+    std::vector<double>
+        arrivals_s;  // [size]: when each rank arrived; empty if the group does not tell
   };
 
   // Waits for at most slice_s; true when finished. Rethrows the collective's error.
@@ -44,18 +47,20 @@ class Engine {
  public:
   using Task = std::function<void(Group&, const Call&)>;
 
-  // `patience` of a caller's own thread; the worker always sleeps soon, since it competes with compute.
+  // `patience` of a caller's own thread; the worker always sleeps soon, since it competes with
+  // compute.
   Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience);
   ~Engine();
 
-  // Queues a collective. Calls must come in the same order on all ranks. Throws the first error if one has happened.
+  // Queues a collective. Calls must come in the same order on all ranks. Throws the first error if
+  // one has happened.
   std::shared_ptr<Work> submit(Task task, uint64_t layout);
-  // The same and waits; on an idle engine it runs on the calling thread, without hand-over. on_slice runs now and
-  // then while it waits, and may throw.
+  // The same and waits; on an idle engine it runs on the calling thread, without hand-over.
+  // on_slice runs now and then while it waits, and may throw.
   void run(Task task, uint64_t layout, const std::function<void()>& on_slice);
 
-  // Refuses further calls, ends the worker within a watch slice once `interrupt` has been called on the group.
-  // Idempotent. Unfinished collectives end with an Error.
+  // Refuses further calls, ends the worker within a watch slice once `interrupt` has been called on
+  // the group. Idempotent. Unfinished collectives end with an Error.
   void close(const std::function<void()>& interrupt);
 
   Group& group() { return *group_; }

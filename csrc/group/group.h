@@ -33,13 +33,15 @@ struct Call {
   uint64_t layout;    // hash of what the caller believes the buffer holds; 0 when it has no opinion
   Deadline deadline;
   Patience patience;
-  double* arrivals_s = nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
+  double* arrivals_s =
+      nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
   const std::function<void()>* on_slice = nullptr;  // runs every kWatchSliceS of a wait; may throw
 };
 
-// Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws PeerError,
-// TimeoutError or MismatchError (base/error.h), after which the group must not be used again. Arguments have been
-// checked by the engine; buffers of the two-buffer methods do not overlap.
+// Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws
+// PeerError, TimeoutError or MismatchError (base/error.h), after which the group must not be used
+// again. Arguments have been checked by the engine; buffers of the two-buffer methods do not
+// overlap.
 class Group {
  public:
   virtual ~Group() = default;

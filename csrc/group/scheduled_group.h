@@ -44,8 +44,8 @@ class ScheduledGroup final : public Group {
     explicit Plan(Schedule schedule);
     Schedule schedule;
     // By chunk: the last step in which this rank takes part in adding it up, be it that it passes
-    // its partial sum on or that it receives what makes the total. Chunks that are received together
-    // become totals together.
+    // its partial sum on or that it receives what makes the total. Chunks that are received
+    // together become totals together.
     std::vector<int> last_reducing_step;
   };
 

@@ -8,9 +8,11 @@
 namespace pyar {
 namespace {
 
-// Staging per rank and turn. Smaller: more barriers per byte; larger: falls out of the second-level cache.
+// Staging per rank and turn. Smaller: more barriers per byte; larger: falls out of the second-level
+// cache.
 constexpr size_t kTurnBytes = size_t{512} << 10;
-// Up to here every rank reduces everything by itself: one barrier instead of two or three, for size times the reads.
+// Up to here every rank reduces everything by itself: one barrier instead of two or three, for size
+// times the reads.
 constexpr size_t kOnePhaseBytes = size_t{16} << 10;
 static_assert(kOnePhaseBytes <= kTurnBytes);
 
@@ -31,8 +33,7 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 
 std::string names_of(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank" : "ranks";
-  for (size_t i = 0; i < ranks.size(); ++i)
-    text += (i ? ", " : " ") + std::to_string(ranks[i]);
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : " ") + std::to_string(ranks[i]);
   return text;
 }
 
@@ -75,9 +76,12 @@ char* SharedMemoryGroup::slot(int rank, unsigned turn) const {
 
 Fingerprint SharedMemoryGroup::fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op,
                                            int root, const Call& call) const {
-  return {call.sequence, call.layout,
-          num_elems,     static_cast<uint32_t>(kind),
-          op,            static_cast<uint32_t>(dtype),
+  return {call.sequence,
+          call.layout,
+          num_elems,
+          static_cast<uint32_t>(kind),
+          op,
+          static_cast<uint32_t>(dtype),
           root};
 }
 
@@ -107,24 +111,29 @@ bool SharedMemoryGroup::arrive(const Fingerprint& mine, const Location& where, c
 void SharedMemoryGroup::next_phase(const Call& call) {
   const uint32_t phase = ++phase_;
   page(rank()).flag.publish(phase);
+  bool failed = false;
   for (int r = 0; r < size(); ++r) {
     PhaseFlag& flag = page(r).flag;
     await(
         call.deadline, call.patience, [&] { return flag.reached(phase); },
         [&](double slice_s) { flag.sleep_until(phase, slice_s); },
         [&](bool late) { watch(phase, late, call); });
+    failed |= flag.failed.load(std::memory_order_relaxed) != 0;
   }
+  // All have come, but some have given up since, on this late rank for example.
+  if (failed) watch(phase, /*late=*/false, call);
 }
 
 void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
   const std::string where = describe(current_);
-  // The dead first: what a rank reported before it died is then certain to be seen, and is the better cause.
+  // The dead first: what a rank reported before it died is then certain to be seen, and is the
+  // better cause.
   std::vector<int> dead, gone, absent;
   for (const int r : link_.dead_ranks())
     if (!page(r).flag.reached(phase)) dead.push_back(link_.global_ranks()[r]);
   for (int r = 0; r < size(); ++r) {
     const Report& report = page(r).report;
-    if (r != rank() && report.is_set.load(std::memory_order_acquire)) {
+    if (r != rank() && page(r).flag.failed.load(std::memory_order_acquire)) {
       // Written by another process: bounded before use.
       const uint32_t count = std::min(report.num_peers, Report::kMaxPeers);
       const std::string message(report.message, strnlen(report.message, sizeof report.message));
@@ -161,24 +170,24 @@ void SharedMemoryGroup::guarded(Body body) {
   } catch (const Error& error) {
     report(error);
     throw;
-  } catch (const std::exception& error) {  // from on_slice: the others need not wait for the deadline
-    report(PeerError("rank " + std::to_string(link_.global_ranks()[rank()]) +
-                         " was interrupted: " + error.what(),
-                     {link_.global_ranks()[rank()]}));
+  } catch (const std::exception& error) {
+    report(Error(error.what()));
     throw;
   }
 }
 
 void SharedMemoryGroup::report(const Error& error) {
+  if (page(rank()).flag.failed.load(std::memory_order_relaxed)) return;
+  // What concerns nobody else (no memory, an interrupt) concerns, for the others, this rank.
+  std::vector<int> peers = error.peers();
+  if (peers.empty()) peers = {link_.global_ranks()[rank()]};
   Report& report = page(rank()).report;
-  if (report.is_set.load(std::memory_order_relaxed)) return;
   report.cause = static_cast<int32_t>(error.cause());
-  report.num_peers = 0;
-  for (const int peer : error.peers())
-    if (report.num_peers < Report::kMaxPeers) report.peers[report.num_peers++] = peer;
+  report.num_peers = static_cast<uint32_t>(std::min<size_t>(peers.size(), Report::kMaxPeers));
+  std::copy_n(peers.begin(), report.num_peers, report.peers);
   std::strncpy(report.message, error.what(), sizeof report.message - 1);
   // Publishes the fields above: pairs with the acquire in watch().
-  report.is_set.store(1, std::memory_order_release);
+  page(rank()).flag.failed.store(1, std::memory_order_release);
 }
 
 void SharedMemoryGroup::leave() {
@@ -233,8 +242,8 @@ SharedMemoryGroup::Location SharedMemoryGroup::locate(const void* data, size_t b
 // ---------------------------------------------------------------------------------------------------------------
 // Collectives
 //
-// Why two turns of the slots suffice: a turn is written again only two turns later, and between the two lies a phase
-// that every rank publishes after it has read the first.
+// Why two turns of the slots suffice: a turn is written again only two turns later, and between the
+// two lies a phase that every rank publishes after it has read the first.
 
 void SharedMemoryGroup::barrier(const Call& call) {
   guarded([&] {
@@ -390,8 +399,7 @@ void SharedMemoryGroup::update(const BucketUpdate& bucket, const Call& call) {
       throw Error("the ranks' gradient buckets do not lie at the same place");
 
     std::vector<const void*> flags(ranks);
-    for (int r = 0; r < size(); ++r)
-      flags[r] = gradients.part(r) + bucket.flags_begin * elem_bytes;
+    for (int r = 0; r < size(); ++r) flags[r] = gradients.part(r) + bucket.flags_begin * elem_bytes;
     const Range shard = shard_of(bucket.flags_begin, rank(), size(), elem_bytes);
     std::vector<void*> g(ranks), w(ranks);
     for (size_t i = 0; i < bucket.pieces.size(); ++i) {

@@ -1,5 +1,6 @@
-// The ranks of one host. Vocabulary: a *part* is one rank's share of a symmetric buffer; a *turn* is one half of the
-// staging slots, halves alternate; a *shard* is what one rank reduces; a *phase* is one barrier among all ranks.
+// The ranks of one host. Vocabulary: a *part* is one rank's share of a symmetric buffer; a *turn*
+// is one half of the staging slots, halves alternate; a *shard* is what one rank reduces; a *phase*
+// is one barrier among all ranks.
 #pragma once
 
 #include <atomic>
@@ -19,16 +20,14 @@
 
 namespace pyar {
 
-// One part per rank in one segment (or, with one_copy, a single part that all ranks see). Lives as long as anyone
-// holds it, also after the group is gone.
+// One part per rank in one segment (or, with one_copy, a single part that all ranks see). Lives as
+// long as anyone holds it, also after the group is gone.
 struct SymmetricBuffer {
   Segment segment;
   uint64_t id;         // equal on all ranks: the how-manyeth allocation
   size_t part_stride;  // bytes between the parts of neighbouring ranks; 0 with one_copy
   size_t part_bytes;
-  char* part(int rank) const {
-    return segment.data() + static_cast<size_t>(rank) * part_stride;
-  }
+  char* part(int rank) const { return segment.data() + static_cast<size_t>(rank) * part_stride; }
 };
 
 // One parameter inside a bucket.
@@ -37,9 +36,10 @@ struct UpdatePiece {
   SgdScalars scalars;
 };
 
-// A bucket whose reduction and SGD step are one pass. gradients and weights are symmetric buffers of the same layout:
-// the pieces, then (gradients only) one flag per piece from element flags_begin on, non-zero where this rank has
-// used the parameter. A piece that no rank has used keeps weight and momentum.
+// A bucket whose reduction and SGD step are one pass. gradients and weights are symmetric buffers
+// of the same layout: the pieces, then (gradients only) one flag per piece from element flags_begin
+// on, non-zero where this rank has used the parameter. A piece that no rank has used keeps weight
+// and momentum.
 struct BucketUpdate {
   Span gradients, weights;
   void* momentum;  // in a one_copy buffer, layout of the pieces; null: none
@@ -79,10 +79,9 @@ class SharedMemoryGroup final : public Group {
     uint64_t buffer_id, offset_bytes;  // where in a symmetric buffer its data lie; id 0: nowhere
     double arrived_s;
   };
-  // The first error of a rank, for those who wait for it.
+  // The first error of a rank, for those who wait for it; valid once its flag says `failed`.
   struct Report {
     static constexpr uint32_t kMaxPeers = 64;
-    std::atomic<uint32_t> is_set;
     int32_t cause;
     uint32_t num_peers;
     int32_t peers[kMaxPeers];
@@ -91,8 +90,8 @@ class SharedMemoryGroup final : public Group {
   // All that a rank writes for the others to read, except data.
   struct alignas(4096) Page {
     PhaseFlag flag;
-    // Alternate: a rank may announce its next call while a slow one still reads the notice of this one; it cannot be
-    // two calls ahead, since each call waits for all.
+    // Alternate: a rank may announce its next call while a slow one still reads the notice of this
+    // one; it cannot be two calls ahead, since each call waits for all.
     Notice notices[2];
     std::atomic<uint32_t> has_left;
     Report report;
@@ -109,8 +108,8 @@ class SharedMemoryGroup final : public Group {
   Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
                           const Call& call) const;
 
-  // Announces the call, waits until all have announced theirs, compares. True if all data lie at the same place of
-  // the same symmetric buffer, that is, may be used without staging.
+  // Announces the call, waits until all have announced theirs, compares. True if all data lie at
+  // the same place of the same symmetric buffer, that is, may be used without staging.
   bool arrive(const Fingerprint& mine, const Location& where, const Call& call);
   // A barrier: what any rank wrote before is visible to all ranks after.
   void next_phase(const Call& call);

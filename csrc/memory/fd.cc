@@ -1,9 +1,8 @@
 #include "memory/fd.h"
 
-#include <sys/socket.h>
-
 #include <cerrno>
 #include <cstring>
+#include <sys/socket.h>
 
 #include "base/error.h"
 

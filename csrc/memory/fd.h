@@ -1,9 +1,8 @@
 // An owned file descriptor: its destructor is the only clean-up path.
 #pragma once
 
-#include <unistd.h>
-
 #include <cstddef>
+#include <unistd.h>
 #include <utility>
 
 namespace pyar {
@@ -30,8 +29,9 @@ class Fd {
   int fd_ = -1;
 };
 
-// A message over a unix socket, with at most one descriptor beside it (`attached` < 0: none). The kernel delivers
-// both or neither. Socket type SOCK_SEQPACKET: a message is never split, a longer one is an error.
+// A message over a unix socket, with at most one descriptor beside it (`attached` < 0: none). The
+// kernel delivers both or neither. Socket type SOCK_SEQPACKET: a message is never split, a longer
+// one is an error.
 void send_message(const Fd& socket, const void* message, size_t bytes, int attached = -1);
 
 struct Received {
@@ -39,6 +39,7 @@ struct Received {
   Fd attached;
 };
 // Does not block: returns false when nothing has arrived.
-bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes, Received& received);
+bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes,
+                         Received& received);
 
 }  // namespace pyar

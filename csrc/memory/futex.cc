@@ -1,12 +1,11 @@
 #include "memory/futex.h"
 
+#include <climits>
+#include <cmath>
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#include <climits>
-#include <cmath>
 
 namespace pyar {
 namespace {

@@ -15,16 +15,19 @@ inline constexpr size_t kCacheLine = 64;
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, double slice_s);
 void futex_wake_all(std::atomic<uint32_t>& word);
 
-// Counts the phases its owner has finished. Wraps around: compared by difference, ranks are never 2^31 apart.
+// Counts the phases its owner has finished. Wraps around: compared by difference, ranks are never
+// 2^31 apart.
 struct alignas(kCacheLine) PhaseFlag {
   std::atomic<uint32_t> phase;
   std::atomic<uint32_t> sleepers;
+  std::atomic<uint32_t>
+      failed;  // the owner will go no further; on this line because every waiter reads it anyway
 
   // Publishes everything the owner wrote before: pairs with the acquire in reached().
   void publish(uint32_t value) {
     phase.store(value, std::memory_order_release);
-    // Either this load sees the sleeper, or the sleeper's look at `phase` after announcing itself sees the value:
-    // pairs with the fence in sleep_until().
+    // Either this load sees the sleeper, or the sleeper's look at `phase` after announcing itself
+    // sees the value: pairs with the fence in sleep_until().
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_relaxed) != 0) futex_wake_all(phase);
   }
@@ -38,7 +41,8 @@ struct alignas(kCacheLine) PhaseFlag {
     std::atomic_thread_fence(std::memory_order_seq_cst);
     const uint32_t seen = phase.load(std::memory_order_acquire);
     if (static_cast<int32_t>(seen - value) < 0) futex_wait(phase, seen, slice_s);
-    // A sleeper killed before this line leaves the count up: from then on publish() wakes in vain, nothing worse.
+    // A sleeper killed before this line leaves the count up: from then on publish() wakes in vain,
+    // nothing worse.
     sleepers.fetch_sub(1, std::memory_order_relaxed);
   }
 };

@@ -1,15 +1,14 @@
 #include "memory/host_link.h"
 
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
-
-#include <cerrno>
-#include <cstddef>
-#include <cstring>
 
 #include "base/error.h"
 
@@ -135,10 +134,10 @@ void HostLink::listen_for_all(const std::string& name, const std::string& token,
           std::vector<int> absent;
           for (int l = 1; l < local_size(); ++l)
             if (!sockets_[l]) absent.push_back(global_ranks_[l]);
-          throw TimeoutError(
-              "not all ranks of this host connected within " +
-                  std::to_string(deadline.timeout_s()) + " s; do all of them call init()?",
-              absent);
+          throw TimeoutError("not all ranks of this host connected within " +
+                                 std::to_string(deadline.timeout_s()) +
+                                 " s; do all of them call init()?",
+                             absent);
         });
     Hello hello{};
     Received received{};
@@ -182,7 +181,8 @@ void HostLink::join(const std::string& name, const std::string& token, const Dea
       [&](bool late) {
         if (errno != ECONNREFUSED && errno != EAGAIN) throw_errno("cannot connect to rank 0");
         if (late)
-          throw TimeoutError("rank " + std::to_string(leader) + " of this host did not listen within " +
+          throw TimeoutError("rank " + std::to_string(leader) +
+                                 " of this host did not listen within " +
                                  std::to_string(deadline.timeout_s()) + " s",
                              {leader});
       });
@@ -219,8 +219,9 @@ Segment HostLink::take(size_t bytes, const Deadline& deadline) {
 }
 
 std::vector<int> HostLink::dead_ranks() const {
-  // A pidfd becomes readable when the process ends. Without one (another pid namespace) the socket's hang-up tells,
-  // to rank 0 of all others and to the others of rank 0, who passes the cause on.
+  // A pidfd becomes readable when the process ends. Without one (another pid namespace) the
+  // socket's hang-up tells, to rank 0 of all others and to the others of rank 0, who passes the
+  // cause on.
   std::vector<pollfd> entries;
   std::vector<int> ranks;
   for (int l = 0; l < local_size(); ++l) {

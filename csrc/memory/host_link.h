@@ -1,5 +1,6 @@
-// The ranks of one host, connected as a star of unix sockets around local rank 0: how shared segments are handed
-// over, and how a death is noticed. That the hand-over works is the proof that the ranks share a host.
+// The ranks of one host, connected as a star of unix sockets around local rank 0: how shared
+// segments are handed over, and how a death is noticed. That the hand-over works is the proof that
+// the ranks share a host.
 #pragma once
 
 #include <string>
@@ -13,9 +14,10 @@ namespace pyar {
 
 class HostLink {
  public:
-  // Collective. `name` is an abstract socket address (nothing in the file system), `token` a secret of this
-  // communicator; both equal on all ranks. global_ranks[l] is the rank, for messages, of local rank l.
-  // Throws TimeoutError, PeerError, or Error when a socket or descriptor cannot be had.
+  // Collective. `name` is an abstract socket address (nothing in the file system), `token` a secret
+  // of this communicator; both equal on all ranks. global_ranks[l] is the rank, for messages, of
+  // local rank l. Throws TimeoutError, PeerError, or Error when a socket or descriptor cannot be
+  // had.
   HostLink(int local_rank, std::vector<int> global_ranks, const std::string& name,
            const std::string& token, const Deadline& deadline);
 

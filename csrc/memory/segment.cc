@@ -1,11 +1,13 @@
 #include "memory/segment.h"
 
+#include <algorithm>
+#include <cerrno>
 #include <fcntl.h>
+#include <fstream>
+#include <limits>
+#include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>
-
-#include <cerrno>
-#include <string>
 #include <utility>
 
 #include "base/error.h"
@@ -15,9 +17,34 @@ namespace {
 
 std::string mebibytes(size_t bytes) { return std::to_string((bytes + 0xfffff) >> 20) + " MiB"; }
 
+size_t number_in(const char* path, size_t otherwise) {
+  std::ifstream file(path);
+  size_t value;
+  return file >> value ? value : otherwise;  // "max" is no number either
+}
+
+// What the machine and the control group can still give. fallocate alone does not refuse what they
+// cannot: it takes page after page until the kernel kills some process.
+size_t available_bytes() {
+  size_t available = std::numeric_limits<size_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  std::string name;
+  for (size_t kibibytes; meminfo >> name >> kibibytes; meminfo.ignore(100, '\n'))
+    if (name == "MemAvailable:") available = kibibytes << 10;
+  const size_t limit = number_in("/sys/fs/cgroup/memory.max", available);
+  const size_t used = number_in("/sys/fs/cgroup/memory.current", 0);
+  return std::min(available, limit - std::min(limit, used));
+}
+
 }  // namespace
 
 Segment Segment::create(size_t bytes) {
+  const std::string remedy =
+      "; raise the memory limit of the container or job, or use smaller buckets";
+  if (const size_t available = available_bytes(); bytes > available)
+    throw Error("cannot reserve " + mebibytes(bytes) +
+                " of memory shared by the ranks of this host: " + mebibytes(available) +
+                " are available" + remedy);
   Fd fd(memfd_create("pyallreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) throw_errno("memfd_create");
   int failed;
@@ -26,8 +53,7 @@ Segment Segment::create(size_t bytes) {
   if (failed) {
     errno = failed;
     throw_errno("cannot reserve " + mebibytes(bytes) +
-                " of memory shared by the ranks of this host; raise the memory limit of the "
-                "container or job, or use smaller buckets");
+                " of memory shared by the ranks of this host" + remedy);
   }
   // Nobody may shrink it under a rank that is reading.
   if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)

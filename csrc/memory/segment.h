@@ -1,5 +1,5 @@
-// Memory shared by the ranks of a host. Anonymous (memfd): not limited by the size of /dev/shm, and nothing is left
-// behind by kill -9.
+// Memory shared by the ranks of a host. Anonymous (memfd): not limited by the size of /dev/shm, and
+// nothing is left behind by kill -9.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,8 @@ namespace pyar {
 
 class Segment {
  public:
-  // Reserves the pages first, so that a lack of memory is an Error here and not a SIGBUS later. Zeroed.
+  // Reserves the pages first, so that a lack of memory is an Error here and not a SIGBUS later.
+  // Zeroed.
   static Segment create(size_t bytes);
   // Maps a segment that another rank created; refuses one smaller than `bytes`.
   static Segment map(Fd fd, size_t bytes);
