@@ -46,7 +46,8 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     return dist.PrefixStore("pyallreduce", _tcp_store(launch, timeout_s))
 
 
-@functools.lru_cache(maxsize=1)  # rank 0 can listen on the port only once; later communicators meet there again
+# Cached: rank 0 can listen on the port only once; later communicators meet there again.
+@functools.lru_cache(maxsize=1)
 def _tcp_store(launch: Launch, timeout_s: float) -> dist.Store:
     hosts_it = launch.rank == 0 and not launch.agent_store
     try:
@@ -116,7 +117,8 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
         records: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
     except dist.DistNetworkError as error:
         raise PeerError(
-            f"the store of the rendezvous is gone ({error}); rank 0 or the launcher, who host it, have ended", (0,)
+            f"the store of the rendezvous is gone ({error}); rank 0 or the launcher, who host it, have ended",
+            (0,),
         ) from error
 
     for field in ("size", "version"):

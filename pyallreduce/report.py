@@ -60,7 +60,7 @@ def summarise(record: IterationRecord | None, size: int) -> dict[str, Any]:
     """The report of one iteration; see GradientAggregator.report.
 
     C: union of forward, backward and update; M: union over buckets of [start, end] of their collective.
-    comm_busy_s = |M|, exposed_comm_s = |M minus C|, overlap_ratio = |M and C| / |M|, None if |M| is 0.
+    comm_busy_s = |M|, exposed_comm_s = |M minus C|, overlap_ratio = |M and C| / |M|, None if |M| is 0 (size 1).
     skew_s[r]: how much earlier than the last rank r arrived, mean over the buckets; the slowest has the least.
     """
     if record is None:
@@ -70,7 +70,7 @@ def summarise(record: IterationRecord | None, size: int) -> dict[str, Any]:
         [(s, e) for name, s, e in record.phases if name in ("forward", "backward", "update")]
     )
     times = [bucket.work.times() for bucket in record.buckets]
-    comm = union([(start, end) for _, start, end, _ in times])
+    comm = union([(start, end) for _, start, end, _ in times]) if size > 1 else []
     hidden = length(intersection(comm, busy))
     lateness = [[max(arrivals) - t for t in arrivals] for *_, arrivals in times]
     skew = [

@@ -85,10 +85,18 @@ class SGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            if "form" not in group:  # of torch.optim.SGD, whose momentum knows no learning rate
-                group["momentum_lr"] = 1.0
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
+            if "form" not in group:  # of torch.optim.SGD: a reference momentum is an absorbed one in units of lr = 1
+                absorbed = self.defaults["form"] == "absorbed"
+                group |= {
+                    "form": self.defaults["form"],
+                    "correction": self.defaults["correction"],
+                    "momentum_lr": 1.0 if absorbed else None,
+                }
+            if group.get("dampening") or group.get("maximize"):
+                raise UsageError(
+                    "a state with dampening or maximize cannot be loaded: SGD has neither"
+                )
+            _check(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this class or of torch.optim.SGD. Local; with an eager aggregator all ranks load the same state."""
@@ -108,7 +116,7 @@ class SGD(torch.optim.Optimizer):
             super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters that have a gradient. With an eager aggregator they are already updated; this closes
         the iteration. ``closure``: re-evaluates the loss and returns it."""
         loss = None

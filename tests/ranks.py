@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = mp.get_context("forkserver")
+# torch._dynamo: imported by the first optimizer of a process, two seconds that the children share this way.
 _context.set_forkserver_preload(
-    ["numpy", "torch", "pyallreduce", "pyallreduce.aggregator", "ranks"]
+    ["numpy", "torch", "torch._dynamo", "pyallreduce", "pyallreduce.aggregator", "ranks"]
 )
 
 

@@ -1,4 +1,4 @@
-// The environment as a documented struct; the only getenv of the core.
+// The environment as a documented struct, read in one place.
 #pragma once
 
 #include <string>

@@ -1,0 +1,249 @@
+"""The C++ core. Submodules are written as classes: an extension module is one file."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Literal, TypedDict, overload
+
+from typing_extensions import Buffer
+
+__version__: str
+has_cuda: bool
+
+def now_s() -> float: ...
+def cuda_device_count() -> int: ...
+def select_isa(isa: str) -> bool: ...
+
+class _Env(TypedDict):
+    isa: str
+    port: int
+    timeout_s: float
+
+def read_env() -> _Env: ...
+
+class DType(Enum):
+    float64 = 0
+    float32 = 1
+    bfloat16 = 2
+    float16 = 3
+    int64 = 4
+    int32 = 5
+    uint8 = 6
+
+class Op(Enum):
+    sum = 0
+    avg = 1
+    prod = 2
+    min = 3
+    max = 4
+
+class Work:
+    def wait(self) -> None: ...
+    def done(self) -> bool: ...
+    def times(self) -> tuple[float, float, float, list[float]]:
+        """Enqueued, start, end, and when each rank arrived; seconds of now_s()."""
+
+class Part(Buffer): ...
+
+class UpdatePlan:
+    def __init__(self, entries: Sequence[tuple[int, int, int]], flags_begin: int) -> None:
+        """Entries: first element, number of elements, index of the param group."""
+
+class Communicator:
+    def __init__(
+        self, local_rank: int, global_ranks: Sequence[int], name: str, token: str, timeout_s: float
+    ) -> None: ...
+    @overload
+    def all_reduce(
+        self,
+        data: int,
+        num_elems: int,
+        dtype: DType,
+        op: Op,
+        layout: int,
+        async_op: Literal[True],
+        /,
+    ) -> Work: ...
+    @overload
+    def all_reduce(
+        self, data: int, num_elems: int, dtype: DType, op: Op, layout: int, async_op: bool, /
+    ) -> Work | None: ...
+    def reduce_scatter(
+        self, output: int, input: int, num_elems: int, dtype: DType, op: Op, async_op: bool, /
+    ) -> Work | None: ...
+    def all_gather(
+        self, output: int, input: int, num_elems: int, dtype: DType, async_op: bool, /
+    ) -> Work | None: ...
+    def broadcast(
+        self, data: int, num_elems: int, dtype: DType, root: int, layout: int, async_op: bool, /
+    ) -> Work | None: ...
+    def barrier(self, layout: int, /) -> None: ...
+    def update(
+        self,
+        plan: UpdatePlan,
+        groups: Sequence[kernels.SgdScalars],
+        gradients: int,
+        num_elems: int,
+        weights: int,
+        momentum: int,
+        dtype: DType,
+        op: Op,
+        layout: int,
+        /,
+    ) -> Work: ...
+    def allocate(self, num_elems: int, dtype: DType, one_copy: bool, /) -> Part: ...
+    def close(self) -> None: ...
+
+class kernels:
+    class SgdScalars:
+        def __init__(
+            self,
+            *,
+            decay: float,
+            history: float,
+            gain: float,
+            momentum: float,
+            rate: float,
+            nesterov: bool,
+        ) -> None: ...
+        @property
+        def decay(self) -> float: ...
+        @property
+        def history(self) -> float: ...
+        @property
+        def gain(self) -> float: ...
+        @property
+        def momentum(self) -> float: ...
+        @property
+        def rate(self) -> float: ...
+        @property
+        def nesterov(self) -> bool: ...
+
+    @staticmethod
+    def isas() -> list[str]: ...
+    @staticmethod
+    def active_isa() -> str: ...
+    @staticmethod
+    def reduce(
+        sources: Sequence[int],
+        destinations: Sequence[int],
+        num_elems: int,
+        dtype: str,
+        op: str,
+        scale: float = 1.0,
+        isa: str = "",
+    ) -> None: ...
+    @staticmethod
+    def convert(
+        from_dtype: str,
+        source: int,
+        to_dtype: str,
+        destination: int,
+        num_elems: int,
+        isa: str = "",
+    ) -> None: ...
+    @staticmethod
+    def sgd(
+        gradients: Sequence[int],
+        weights: Sequence[int],
+        momentum: int,
+        num_elems: int,
+        dtype: str,
+        scalars: kernels.SgdScalars,
+        scale: float = 1.0,
+        zero_gradients: bool = False,
+        isa: str = "",
+    ) -> None: ...
+    @staticmethod
+    def sgd_many(
+        spans: Sequence[tuple[int, int, int, int]],
+        dtype: str,
+        scalars: kernels.SgdScalars,
+        scale: float = 1.0,
+        zero_gradients: bool = False,
+        isa: str = "",
+    ) -> None: ...
+
+class schedules:
+    class Transfer:
+        def __init__(self, peer: int, begin: int, end: int, reduce: bool) -> None: ...
+        @property
+        def peer(self) -> int: ...
+        @property
+        def begin(self) -> int: ...
+        @property
+        def end(self) -> int: ...
+        @property
+        def reduce(self) -> bool: ...
+
+    class Step:
+        def __init__(
+            self, sends: Sequence[schedules.Transfer], recvs: Sequence[schedules.Transfer]
+        ) -> None: ...
+        @property
+        def sends(self) -> tuple[schedules.Transfer, ...]: ...
+        @property
+        def recvs(self) -> tuple[schedules.Transfer, ...]: ...
+
+    class Schedule:
+        def __init__(
+            self, rank: int, size: int, num_chunks: int, steps: Sequence[schedules.Step]
+        ) -> None: ...
+        @property
+        def rank(self) -> int: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def num_chunks(self) -> int: ...
+        @property
+        def steps(self) -> tuple[schedules.Step, ...]: ...
+
+    @staticmethod
+    def ring(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def halving_doubling(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def direct(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def names() -> tuple[str, ...]: ...
+    @staticmethod
+    def cost(
+        name: str, size: int, bytes: float, alpha_s: float, beta_s_per_byte: float
+    ) -> float: ...
+    @staticmethod
+    def select(size: int, bytes: float, alpha_s: float, beta_s_per_byte: float) -> str: ...
+    @staticmethod
+    def ring_reduce_scatter(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def ring_all_gather(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def halving_reduce_scatter(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def doubling_all_gather(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def direct_reduce_scatter(rank: int, size: int) -> schedules.Schedule: ...
+    @staticmethod
+    def binomial_tree(rank: int, size: int, root: int) -> schedules.Schedule: ...
+
+class inproc:
+    """Ranks as threads, for tests."""
+
+    class Group:
+        def all_reduce(
+            self, address: int, num_elems: int, dtype: str, op: str, timeout_s: float
+        ) -> None: ...
+        def reduce_scatter(
+            self, output: int, input: int, num_elems: int, dtype: str, op: str, timeout_s: float
+        ) -> None: ...
+        def all_gather(
+            self, output: int, input: int, num_elems: int, dtype: str, timeout_s: float
+        ) -> None: ...
+        def broadcast(
+            self, address: int, num_elems: int, dtype: str, root: int, timeout_s: float
+        ) -> None: ...
+        def barrier(self, timeout_s: float) -> None: ...
+
+    class World:
+        def __init__(self, size: int) -> None: ...
+        @property
+        def size(self) -> int: ...
+        def group(self, rank: int, schedule_name: str) -> inproc.Group: ...

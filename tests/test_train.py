@@ -1,0 +1,582 @@
+"""The trainer's command line from end to end, on the digits, with few iterations."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pyallreduce as par
+from train import checkpoint, data, launch, models, progress, rundir
+from train.__main__ import main
+from train.config import Config, load_preset, parse
+from train.evaluate import Evaluator
+from train.metrics import MetricsFile, read_metrics
+
+# 4 iterations per epoch; the ramp lasts the first epoch, so a stop in iteration 3 lies inside both.
+SMALL = ("--batch-size", "178", "--lr", "0.005", "--momentum-form", "absorbed", "--print-freq", "2")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "PMI_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "SLURM_PROCID",
+)
+
+pytestmark = pytest.mark.deadline(300)
+
+
+def environment() -> dict[str, str]:
+    """That of a shell without a terminal and without a launcher; the working tree comes first."""
+    plain = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    root = str(Path(__file__).parent.parent)
+    return {**plain, "PYTHONPATH": os.pathsep.join(filter(None, [root, plain.get("PYTHONPATH")]))}
+
+
+def train(
+    output: Path, *flags: str, launcher: tuple[str, ...] = (sys.executable,), code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, "-m", "train", "classify", "--output-dir", str(output), *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def content(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two epochs straight, and the same two in three pieces: 3 iterations, 1, and 4."""
+    output = tmp_path_factory.mktemp("runs")
+    both = (*SMALL, "--nproc", "2")
+    straight = train(output, *both, "--name", "straight", "--max-steps", "8")
+    pieces = [
+        train(output, *both, "--name", "pieces", "--resume", "auto", "--max-steps", str(steps))
+        for steps in (3, 4, 8)
+    ]
+    return SimpleNamespace(output=output, straight=straight, pieces=pieces)
+
+
+# A whole run.
+
+
+def test_run_leaves_its_files(runs):
+    names = {p.name for p in (runs.output / "straight").iterdir()}
+    assert names == {
+        "checkpoint.pt",
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "curves.png",
+        "timeline.png",
+        "timeline.json",
+    }
+    for picture in ("curves.png", "timeline.png"):
+        assert (runs.output / "straight" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_a_line_per_interval_epoch_and_run(runs):
+    lines = (runs.output / "straight" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert all(r["schema"] == 1 for r in records)
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("step", 2),
+        ("step", 4),
+        ("epoch", 4),
+        ("step", 6),
+        ("step", 8),
+        ("epoch", 8),
+        ("summary", 8),
+    ]
+    assert [r["train_images"] for r in records if r["kind"] == "epoch"] == [4 * 356] * 2
+    clock = [r["wall_s"] for r in records]
+    assert clock == sorted(clock)
+
+
+def test_warmup_starts_at_the_reference_rate_and_arrives_at_the_scaled_one(runs):
+    schedule = json.loads((runs.output / "straight" / "config.json").read_text())["derived"][
+        "schedule"
+    ]
+    assert schedule["start"] == 0.005
+    assert schedule["peak"] == pytest.approx(0.005 * 356 / 32)
+    rates = {
+        r["step"]: r["lr"]
+        for r in read_metrics(runs.output / "straight" / "metrics.jsonl")
+        if r["kind"] == "step"
+    }
+    assert rates[2] == pytest.approx(0.005 + (schedule["peak"] - 0.005) / 4)  # of iteration 1 of 4
+    assert rates[6] == rates[8] == schedule["peak"]
+
+
+def test_every_test_image_counts_once(runs):
+    expected = len(data.digits().test)
+    records = read_metrics(runs.output / "straight" / "metrics.jsonl")
+    counts = [r["test_images"] for r in records if r["kind"] in ("epoch", "summary")]
+    assert counts == [expected] * 3
+    assert f"({expected} images" in runs.straight.stdout
+
+
+def test_configuration_and_environment_are_kept(runs):
+    config = json.loads((runs.output / "straight" / "config.json").read_text())
+    assert (config["batch_size"], config["momentum_form"], config["drops"]) == (
+        178,
+        "absorbed",
+        ["1/3", "2/3", "8/9"],
+    )
+    assert config["derived"]["minibatch"] == 356
+    env = json.loads((runs.output / "straight" / "env.json").read_text())
+    assert env["ranks"] == 2
+    assert "--nproc 2" in env["command"]
+    assert env["packages"]["torch"]
+
+
+def test_timeline_is_that_of_a_report(runs):
+    report = json.loads((runs.output / "straight" / "timeline.json").read_text())
+    assert len(report["buckets"]) > 2
+    for bucket in report["buckets"]:
+        assert 0 <= bucket["ready_s"] <= bucket["start_s"] <= bucket["end_s"] <= report["window_s"]
+    assert {p["name"] for p in report["phases"]} >= {"forward", "backward", "update"}
+
+
+def test_output_is_plain_lines_of_one_rank(runs):
+    text = runs.straight.stdout
+    assert "\x1b" not in text
+    assert "\r" not in text
+    for start in ("train ", "recipe ", "run ", "accuracy ", "speed ", "communication ", "files "):
+        assert len(re.findall(f"^{start}", text, re.MULTILINE)) == 1
+    assert re.search(
+        r"^epoch 1/18 \[2/4\]  loss \d\.\d{3} \(\d\.\d{3}\)  lr \S+  [\d,]+ img/s "
+        r"\(compute [\d,]+\)  data \S+%  comm-exposed \S+%  mem \S+ GiB  eta \d+:\d\d$",
+        text,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^communication .* ms exposed per iteration .* on \d+ cores$", text, re.MULTILINE
+    )
+    assert runs.straight.stderr == ""
+
+
+# Resuming.
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}/{key}")
+    elif isinstance(value, list):
+        for key, item in enumerate(value):
+            yield from leaves(item, f"{path}/{key}")
+    else:
+        yield path, value
+
+
+def test_resumed_run_has_the_same_bits(runs):
+    straight, pieces = content(runs.output / "straight"), content(runs.output / "pieces")
+    for key in ("step", "errors", "model", "optimizer", "ranks"):
+        ours, theirs = dict(leaves(straight[key])), dict(leaves(pieces[key]))
+        # torch's load_state_dict adds its own group entry "differentiable".
+        assert ours.keys() == {k for k in theirs if not k.endswith("/differentiable")}
+        for path, value in ours.items():
+            same = (
+                torch.equal(value, theirs[path])
+                if isinstance(value, torch.Tensor)
+                else value == theirs[path]
+            )
+            assert same, f"{key}{path}"
+
+
+def test_checkpoint_holds_the_statistics_of_every_worker(runs):
+    first, second = content(runs.output / "straight")["ranks"]
+    assert not torch.equal(first["bn1.running_mean"], second["bn1.running_mean"])
+
+
+def test_resuming_continues_the_same_directory_and_log(runs):
+    assert sorted(p.name for p in runs.output.iterdir() if p.is_dir()) == ["pieces", "straight"]
+    steps = [
+        r["step"]
+        for r in read_metrics(runs.output / "pieces" / "metrics.jsonl")
+        if r["kind"] == "step"
+    ]
+    assert steps == [2, 3, 4, 6, 8]
+    assert "run        " in runs.pieces[0].stdout
+    assert "resumed" not in runs.pieces[0].stdout  # auto, and nothing there: a new run
+    assert "at iteration 3 of 4" in runs.pieces[1].stdout
+
+
+def test_truncated_checkpoint_is_refused(runs, tmp_path):
+    file = tmp_path / "broken.pt"
+    file.write_bytes((runs.output / "pieces" / "checkpoint.pt").read_bytes()[:-1000])
+    done = train(tmp_path, *SMALL, "--nproc", "2", "--resume", str(file), code=2)
+    assert "is damaged" in done.stderr
+    assert "leave --resume out" in done.stderr
+    assert done.stderr.count("\n") == 1  # one rank speaks, no traceback
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# One process, launchers, failures.
+
+
+def test_one_process_json_and_a_missed_target(tmp_path):
+    done = train(tmp_path, "--max-steps", "3", "--assert-top1", "100", "--json", code=3)
+    summary = json.loads(done.stdout)
+    assert summary["processes"] == 1
+    assert summary["communication"]["overlap_ratio"] is None
+    assert summary["test_images"] == len(data.digits().test)
+    assert "no warmup" in done.stderr
+    assert "below the 100 % asked for" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_launchers(tmp_path, launcher):
+    beside = Path(sys.executable).parent / launcher
+    program = str(beside) if beside.exists() else shutil.which(launcher)
+    if program is None:
+        pytest.skip(f"{launcher} is not installed")
+    if launcher == "mpirun":
+        pytest.importorskip("mpi4py", reason="the rendezvous under mpirun needs mpi4py")
+    start = {
+        "torchrun": (program, "--nproc-per-node", "2", "--master-port", str(launch.free_port())),
+        "mpirun": (program, "-n", "2", sys.executable),
+    }[launcher]
+    done = train(tmp_path, "--max-steps", "2", launcher=start)
+    assert "2 processes on 1 host" in done.stdout
+    assert done.stdout.count("accuracy ") == 1
+    assert (tmp_path / "digits" / "checkpoint.pt").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_death_of_a_rank_ends_the_others(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "classify",
+        "--output-dir",
+        str(tmp_path),
+        "--nproc",
+        "2",
+        "--epochs",
+        "1000",
+        "--print-freq",
+        "1",
+    ]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout
+        for line in job.stdout:
+            if "[ 3/22]" in line:
+                break
+        ranks = children_of(job.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+    assert time.monotonic() - killed < 20
+    assert job.returncode == 128 + signal.SIGKILL
+    assert "rank 0: PeerError" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "x"], "given 'x', accepted: an integer"),
+        (["--batch-size", "0"], "--batch-size: given 0, accepted: an integer of at least 1"),
+        (["--lr", "nan"], "given 'nan', accepted: a finite number"),
+        (["--lr", "-1"], "--lr: given -1.0, accepted: a number above 0"),
+        (
+            ["--momentum", "1"],
+            "--momentum: given 1.0, accepted: a number of at least 0 and below 1",
+        ),
+        (["--update", "late"], "given 'late', accepted: step or eager"),
+        (["--drops", "1/3,x"], "accepted: fractions separated by commas"),
+        (["--drops", "2/3,1/3"], "accepted: increasing fractions"),
+        (["--preset", "mnist"], "--preset: given 'mnist', accepted: digits"),
+        (["--batchsize", "8"], "did you mean --batch-size?"),
+        (["--name", "a/b"], "--name: given 'a/b', accepted: a file name"),
+        (["--seed", "-1"], "--seed: given -1, accepted: an integer of at least 0"),
+    ],
+)
+def test_wrong_flags_say_what_was_given_and_what_is_accepted(flags, message, capsys):
+    try:
+        code = main(["classify", *flags])
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_command(capsys):
+    assert main(["segment"]) == 2
+    assert "given command 'segment', accepted: classify" in capsys.readouterr().err
+
+
+def test_nproc_under_a_launcher_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["classify", "--nproc", "2"]) == 2
+    assert "leave --nproc out" in capsys.readouterr().err
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["classify", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    flags = set(re.findall(r"--[a-z][a-z0-9-]+", text))
+    assert {
+        "--preset",
+        "--nproc",
+        "--epochs",
+        "--batch-size",
+        "--lr",
+        "--reference-minibatch",
+        "--warmup-epochs",
+        "--momentum",
+        "--weight-decay",
+        "--momentum-form",
+        "--update",
+        "--bucket-kib",
+        "--seed",
+        "--resume",
+        "--output-dir",
+        "--name",
+        "--print-freq",
+        "--max-steps",
+        "--assert-top1",
+        "--json",
+    } <= flags
+    assert "(default: 0.05)" in text
+    assert "(default: 1/3,2/3,8/9)" in text
+
+
+def test_underscores_are_accepted():
+    assert parse("classify", ["--batch_size=8"]).batch_size == 8
+
+
+def test_a_preset_with_an_unknown_key_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "odd.toml").write_text("epochz = 3\n")
+    monkeypatch.setattr("train.config.resources.files", lambda _: tmp_path)
+    with pytest.raises(par.UsageError, match="unknown key 'epochz'"):
+        load_preset("odd")
+
+
+# The parts, in this process.
+
+
+class Alone:
+    """The communicator of a single rank, for parts that need no other."""
+
+    rank, size, num_nodes = 0, 1, 1
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None: ...
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None: ...
+    def all_gather(self, output: torch.Tensor, source: torch.Tensor) -> None:
+        output.copy_(source.view_as(output))
+
+
+def make_config(**values: Any) -> Config:
+    return Config(**{**load_preset("digits"), **values})
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "checkpoint.pt"
+    model = models.build("digits-resnet", 10)
+    state = checkpoint.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), step=7)
+    checkpoint.save(path, state, {"model": "digits-resnet"}, Alone(), torn=False)
+    return path
+
+
+def test_checkpoint_is_an_ordinary_file_of_tensors(saved):
+    assert checkpoint.load(saved, {"model": "digits-resnet"}, Alone())["step"] == 7
+    assert "fc.weight" in torch.load(saved, weights_only=True)["model"]
+    assert [p.name for p in saved.parent.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("position", [0.05, 0.3, 0.6, 0.9])
+def test_a_flipped_bit_is_noticed(saved, position):
+    damaged = bytearray(saved.read_bytes())
+    damaged[int(position * len(damaged))] ^= 1
+    saved.write_bytes(damaged)
+    with pytest.raises(par.UsageError, match="is damaged"):
+        checkpoint.load(saved, {"model": "digits-resnet"}, Alone())
+
+
+@pytest.mark.parametrize("data", [b"", b"nothing of ours"])
+def test_other_files_are_refused(saved, data):
+    saved.write_bytes(data)
+    with pytest.raises(par.UsageError, match="--resume"):
+        checkpoint.load(saved, {"model": "digits-resnet"}, Alone())
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(par.UsageError, match="No such file"):
+        checkpoint.load(tmp_path / "none.pt", {}, Alone())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", "resnet50"), ("world size", 4), ("preset", "x")]
+)
+def test_the_checkpoint_of_another_run_is_refused(saved, key, value):
+    with pytest.raises(par.UsageError, match=f"was written with {key} = .*, this run has {value}"):
+        checkpoint.load(saved, {key: value}, Alone())
+
+
+def test_torn_weights_are_not_saved(tmp_path):
+    model = models.build("digits-resnet", 10)
+    state = checkpoint.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="not writing a checkpoint"):
+        checkpoint.save(tmp_path / "checkpoint.pt", state, {}, Alone(), torn=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    model = models.build("digits-resnet", 10)
+    state = checkpoint.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), step=8)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(saved, state, {}, Alone(), torn=False)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_run_is_never_covered(tmp_path):
+    cfg = make_config(output_dir=str(tmp_path))
+    names = [rundir.open_run(cfg, Alone(), None).path for _ in range(3)]
+    assert [p.name for p in names if p] == ["digits", "digits-2", "digits-3"]
+
+
+def test_auto_resumes_the_newest_run_of_the_name(tmp_path):
+    for name in ("digits", "digits-2", "digits-3", "digits-other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    for name in ("digits", "digits-2", "digits-other"):
+        (tmp_path / name / "checkpoint.pt").touch()
+    cfg = make_config(output_dir=str(tmp_path), resume="auto")
+    found, resuming = rundir.find_checkpoint(cfg, Alone())
+    assert resuming
+    assert found == tmp_path / "digits-2" / "checkpoint.pt"
+    assert rundir.open_run(cfg, Alone(), found).path == tmp_path / "digits-2"
+
+
+def test_auto_begins_a_new_run_when_there_is_none(tmp_path):
+    cfg = make_config(output_dir=str(tmp_path / "new"), resume="auto")
+    assert rundir.find_checkpoint(cfg, Alone()) == (None, False)
+
+
+def test_an_unwritable_output_directory_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(par.UsageError, match=r"--output-dir: given .* accepted: a directory"):
+        rundir.open_run(make_config(output_dir=str(file / "runs")), Alone(), None)
+
+
+def test_an_unwritable_output_directory_ends_with_code_2(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    done = train(file, "--max-steps", "1", code=2)
+    assert "accepted: a directory" in done.stderr
+
+
+def test_metrics_behind_the_checkpoint_are_dropped_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsFile(path, 0)
+    for step in (2, 4, 6):
+        log.write("step", step=step)
+    log.write("summary", step=6)
+    log.close()
+    with path.open("a") as file:
+        file.write('{"kind": "st')  # the run was killed while it wrote
+    MetricsFile(path, 4).close()
+    assert [(r["kind"], r["step"]) for r in read_metrics(path)] == [("step", 2), ("step", 4)]
+
+
+def test_held_out_images_are_fixed_and_stratified():
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    ids = data.held_out(labels)
+    assert len(ids) == len(set(ids.tolist())) == 364
+    assert ids[:10].tolist() == list(range(10))
+    assert ids.sum() == 323_723
+    share = np.bincount(labels[ids]) / np.bincount(labels)
+    assert ((share >= 0.2) & (share < 0.21)).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_evaluation_parts_cover_the_test_set_once(size):
+    test = data.digits().test
+    model = nn.Flatten()
+    ids = torch.cat(
+        [Evaluator(model, SimpleNamespace(rank=r, size=size), test).ids for r in range(size)]
+    )
+    assert sorted(ids.tolist()) == list(range(len(test)))
+
+
+def test_evaluation_changes_nothing_that_training_reads():
+    model = models.build("digits-resnet", 10).train()
+    model(torch.randn(8, 1, 8, 8))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    evaluate = Evaluator(model, Alone(), data.digits().test)
+    first, second = evaluate(model), evaluate(model)
+    assert first == second
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_lost_test_image_is_an_error():
+    class Lossy(Alone):
+        def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
+            tensor -= 1
+
+    model = models.build("digits-resnet", 10)
+    with pytest.raises(RuntimeError, match="counted 363 images instead of 364"):
+        Evaluator(model, Lossy(), data.digits().test)(model)
+
+
+@pytest.mark.parametrize(
+    ("rank", "terminal", "term", "expected"),
+    [
+        (0, True, "xterm", "Bar"),
+        (0, True, "dumb", "Lines"),
+        (0, False, "xterm", "Lines"),
+        (1, True, "xterm", "Silent"),
+    ],
+)
+def test_a_bar_appears_only_on_the_terminal_of_rank_0(monkeypatch, rank, terminal, term, expected):
+    monkeypatch.setenv("TERM", term)
+    stream = SimpleNamespace(isatty=lambda: terminal, write=len, flush=lambda: None)
+    shown = progress.make_progress(rank, 10, stream)
+    shown.close()
+    assert type(shown).__name__ == expected

@@ -1,0 +1,109 @@
+"""`python -m train classify ...`
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 target missed (--assert-top1), 130 and 143
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from types import FrameType
+
+import pyallreduce as par
+from train import launch
+from train.config import Config, parse
+
+COMMANDS = {"classify": "train an image classifier with the paper's recipe"}
+DONE, FAILED, USAGE, MISSED = range(4)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code. What all ranks would say, rank 0 says, on stderr."""
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help())
+            return DONE if argv else USAGE
+        command, arguments = argv[0], list(argv[1:])
+        if command not in COMMANDS:
+            raise par.UsageError(
+                f"given command {command!r}, accepted: {', '.join(COMMANDS)}; "
+                "for example: python -m train classify --preset digits --nproc 2"
+            )
+        cfg = parse(command, arguments)
+        launcher = launch.launched_by(os.environ)
+        if cfg.nproc and launcher not in (None, launch.OURSELVES):
+            raise par.UsageError(
+                f"--nproc: given {cfg.nproc}, but {launcher} has already started this "
+                "process; leave --nproc out, or start without the launcher"
+            )
+        if cfg.nproc and cfg.nproc > 1 and not launcher:
+            return launch.run_ranks(argv, cfg.nproc)
+        return _rank(cfg)
+    except par.UsageError as error:
+        if launch.announced_rank(os.environ) == 0:
+            print(f"python -m train: error: {error}", file=sys.stderr)
+        return USAGE
+    except (par.Error, FloatingPointError) as error:
+        rank = launch.announced_rank(os.environ)
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _rank(cfg: Config) -> int:
+    """This process as one rank of the job."""
+    # Heavy imports only here: the parent of --nproc and --help do without torch.
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from train.loop import train
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+    @record  # torchrun's summary then shows this rank's traceback
+    def job() -> int:
+        with closing(par.init(timeout_s=cfg.timeout_s)) as comm:
+            if comm.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
+            summary = train(cfg, comm)
+            if cfg.json and comm.rank == 0:
+                print(json.dumps(summary))
+        if cfg.assert_top1 is not None and summary["accuracy_median"] < cfg.assert_top1:
+            if comm.rank == 0:
+                print(
+                    f"python -m train: accuracy {summary['accuracy_median']:.2f} % is below the "
+                    f"{cfg.assert_top1:g} % asked for by --assert-top1",
+                    file=sys.stderr,
+                )
+            return MISSED
+        return DONE
+
+    code = job()
+    return DONE if code is None else code  # None: record() swallowed a SystemExit(0)
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m train COMMAND [flags]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "'python -m train COMMAND --help' lists the flags with their defaults.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,378 @@
+"""One frozen dataclass holds every knob; presets fill it, the command line overrides it.
+
+Adding a knob is adding a field: the flag, its help text with the default, its bounds, `config.json`
+and the check against a checkpoint all come from the field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Sequence
+from fractions import Fraction
+from importlib import resources
+from typing import Any, Literal, NoReturn
+
+from pyallreduce import UsageError
+
+GROUPS = {
+    "recipe": "recipe (a preset sets these)",
+    "library": "gradient aggregation",
+    "run": "run",
+}
+
+
+def _knob(
+    group: str,
+    text: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    short: str | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    positive: bool = False,
+    changes_weights: bool = False,
+) -> Any:
+    """A field with its help text, its bounds, and whether another value gives other weights."""
+    metadata = {
+        "group": group,
+        "text": text,
+        "short": short,
+        "at_least": at_least,
+        "below": below,
+        "positive": positive,
+        "changes_weights": changes_weights,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on besides the number of processes.
+
+    A value outside its bounds is a `UsageError` at construction, so a Config that exists is valid.
+    """
+
+    preset: str = _knob("run", "named recipe in train/presets", default="digits")
+
+    dataset: str = _knob("recipe", "data set", changes_weights=True)
+    model: str = _knob("recipe", "network", changes_weights=True)
+    epochs: int = _knob(
+        "recipe", "epochs, the same for every minibatch", at_least=1, changes_weights=True
+    )
+    batch_size: int = _knob(
+        "recipe",
+        "images per process and iteration (n); the minibatch is kn",
+        short="-b",
+        at_least=1,
+        changes_weights=True,
+    )
+    lr: float = _knob(
+        "recipe",
+        "learning rate at the reference minibatch; the peak is lr * kn / reference-minibatch",
+        positive=True,
+        changes_weights=True,
+    )
+    reference_minibatch: int = _knob(
+        "recipe", "minibatch for which --lr was tuned", at_least=1, changes_weights=True
+    )
+    warmup_epochs: float = _knob(
+        "recipe",
+        "length of the gradual warmup, used only when kn is above the reference minibatch",
+        at_least=0,
+        changes_weights=True,
+    )
+    drops: tuple[Fraction, ...] = _knob(
+        "recipe",
+        "where the learning rate is divided by 10, as fractions of the epochs",
+        changes_weights=True,
+    )
+    momentum: float = _knob(
+        "recipe", "Nesterov momentum", at_least=0, below=1, changes_weights=True
+    )
+    weight_decay: float = _knob(
+        "recipe",
+        "weight decay, not applied to batch-norm gamma and beta",
+        at_least=0,
+        changes_weights=True,
+    )
+    momentum_form: Literal["reference", "absorbed"] = _knob(
+        "recipe",
+        "reference: u = m u + g, w -= lr u; absorbed: v = m v + lr g, w -= v, with the "
+        "correction factor",
+        default="reference",
+        changes_weights=True,
+    )
+    seed: int = _knob(
+        "recipe",
+        "seed of the initialisation and of the permutations",
+        default=0,
+        at_least=0,
+        changes_weights=True,
+    )
+
+    update: Literal["step", "eager"] = _knob(
+        "library",
+        "step: parameters change in optimizer.step(); eager: as each bucket lands (same bits)",
+        default="step",
+    )
+    bucket_kib: int = _knob("library", "size of a gradient bucket in KiB", at_least=1)
+    timeout_s: float = _knob(
+        "library",
+        "seconds to wait for another process before giving up",
+        default=60.0,
+        positive=True,
+    )
+
+    nproc: int | None = _knob(
+        "run",
+        "start this many processes here (leave out under torchrun, mpirun, srun)",
+        at_least=1,
+        default=None,
+    )
+    resume: str | None = _knob(
+        "run",
+        "continue from a checkpoint: its path, or auto for the "
+        "newest run of this name (a new run if there is none)",
+        default=None,
+    )
+    output_dir: str = _knob("run", "where run directories are made", default="runs")
+    name: str | None = _knob(
+        "run",
+        "name of the run directory; a taken name gets a suffix (default: the preset's)",
+        default=None,
+    )
+    print_freq: int = _knob("run", "iterations between log lines", default=10, at_least=1)
+    max_steps: int | None = _knob(
+        "run",
+        "stop after this many iterations in all, keeping the schedule of the whole run",
+        default=None,
+        at_least=1,
+    )
+    assert_top1: float | None = _knob(
+        "run",
+        "exit with code 3 when the held-out accuracy in percent is below this",
+        default=None,
+        at_least=0,
+    )
+    json: bool = _knob(
+        "run",
+        "print one JSON object at the end on stdout; everything else goes to stderr",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_bounds(field, getattr(self, field.name))
+        if self.name is not None and (not self.name or set("/\0") & set(self.name)):
+            raise UsageError(
+                f"--name: given {self.name!r}, accepted: a file name without '/'; "
+                "put directories into --output-dir"
+            )
+        if list(self.drops) != sorted(set(self.drops)) or not all(0 < d < 1 for d in self.drops):
+            raise UsageError(
+                f"--drops: given {_show(self.drops)}, accepted: increasing fractions "
+                "between 0 and 1 such as 1/3,2/3,8/9; write them in that order"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by name; fractions as text."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields that the weights depend on: a checkpoint continues only under equal ones."""
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.metadata["changes_weights"]
+        }
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package, sorted."""
+    folder = resources.files("train") / "presets"
+    return sorted(
+        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The preset's values by field name. UsageError for an unknown preset or an unknown key."""
+    if name not in preset_names():
+        raise UsageError(
+            f"--preset: given {name!r}, accepted: {', '.join(preset_names())}; "
+            "choose one of these and override single values by flags"
+        )
+    text = (resources.files("train") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    values = tomllib.loads(text)
+    known = {f.name for f in dataclasses.fields(Config)}
+    if unknown := sorted(values.keys() - known):
+        raise UsageError(
+            f"preset {name}: unknown key {unknown[0]!r}, accepted: "
+            f"{', '.join(sorted(known))}; correct train/presets/{name}.toml"
+        )
+    if "drops" in values:
+        values["drops"] = tuple(Fraction(d) for d in values["drops"])
+    return values
+
+
+def parse(command: str, argv: Sequence[str]) -> Config:
+    """The configuration of `python -m train COMMAND ARGV`: dataclass defaults < preset < flags.
+
+    Exits with code 2 and one message on stderr when a flag is wrong; raises UsageError when a value
+    is.
+    """
+    argv = [_hyphenated(a) for a in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="digits")
+    preset = first.parse_known_args(argv)[0].preset
+    values = load_preset(preset)
+
+    given = vars(_parser(command, preset, values).parse_args(argv))
+    given.pop("local_rank")
+    return Config(**{**values, **given})
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says what to do next, and suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            given = message.removeprefix("unrecognized arguments: ").split()[0]
+            known = [o for o in self._option_string_actions if o.startswith("--")]
+            close = difflib.get_close_matches(given.split("=")[0], known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            message = f"given {given}, which is not a flag of this command{hint}"
+        self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
+
+
+def _parser(command: str, preset: str, values: dict[str, Any]) -> _Parser:
+    # Absent flags stay absent (SUPPRESS), so that a preset's value is not covered by a default;
+    # the help text therefore prints the value that would be used.
+    parser = _Parser(
+        prog=f"python -m train {command}",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train with the paper's recipe. Defaults shown are those of "
+        f"--preset {preset}.",
+    )
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        used = values.get(field.name, field.default)
+        names = [meta["short"]] if meta["short"] else []
+        names.append(flag(field.name))
+        groups[meta["group"]].add_argument(
+            *names,
+            dest=field.name,
+            help=f"{meta['text']} (default: {_show(used)})".replace("%", "%%"),
+            **_argument(types[field.name]),
+        )
+    # Old launchers append it; the launcher's environment says the same.
+    parser.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def _argument(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type."""
+    options = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(annotation) is Literal:
+        return {"type": _one_of(options), "metavar": "|".join(options)}
+    if typing.get_origin(annotation) is tuple:
+        return {"type": _fractions, "metavar": "A,B,..."}
+    kind = options[0] if options else annotation
+    reader = {int: _integer, float: _number, str: str}[kind]
+    return {"type": reader, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"given {text!r}, accepted: an integer") from None
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"given {text!r}, accepted: a finite number")
+    return value
+
+
+def _fractions(text: str) -> tuple[Fraction, ...]:
+    try:
+        return tuple(Fraction(part) for part in text.split(",") if part.strip())
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"given {text!r}, accepted: fractions separated by commas such as 1/3,2/3,8/9"
+        ) from None
+
+
+def _one_of(options: Sequence[str]) -> Any:
+    def read(text: str) -> str:
+        if text not in options:
+            raise argparse.ArgumentTypeError(f"given {text!r}, accepted: {' or '.join(options)}")
+        return text
+
+    return read
+
+
+def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
+    meta = field.metadata
+    if value is None or isinstance(value, str | bool | tuple):
+        return
+    accepted = []
+    if meta["positive"]:
+        accepted.append("above 0")
+    if meta["at_least"] is not None:
+        accepted.append(f"of at least {meta['at_least']}")
+    if meta["below"] is not None:
+        accepted.append(f"below {meta['below']}")
+    outside = (
+        (meta["positive"] and not value > 0)
+        or (meta["at_least"] is not None and not value >= meta["at_least"])
+        or (meta["below"] is not None and not value < meta["below"])
+    )
+    if outside:
+        kind = "an integer" if isinstance(value, int) else "a number"
+        raise UsageError(
+            f"{flag(field.name)}: given {value}, accepted: {kind} "
+            f"{' and '.join(accepted)}; change the value, or leave the flag out to "
+            "take the preset's"
+        )
+
+
+def _hyphenated(argument: str) -> str:
+    """`--batch_size=8` as `--batch-size=8`: both spellings are in use elsewhere."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _plain(value: Any) -> Any:
+    return [str(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(str(v) for v in value)
+    return json.dumps(value) if isinstance(value, bool) else str(value)

@@ -1,0 +1,187 @@
+"""Everything a run tells: header, log lines, records, the summary, the pictures. Rank 0 speaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import torch
+
+from train import progress
+from train.evaluate import STATISTICS, Evaluation
+from train.job import Job
+from train.metrics import MetricsFile, read_metrics
+from train.recipe import median_error
+from train.rundir import command_line, environment
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Follows one call of `train`; `close` leaves the terminal in order whatever happened."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._run = job, job.run
+        self._root = job.comm.rank == 0
+        self._metrics = MetricsFile(self._run.path and self._run.file(METRICS), job.state.step)
+        derived = {
+            "processes": job.comm.size,
+            "minibatch": job.cfg.batch_size * job.comm.size,
+            "iterations_per_epoch": job.steps,
+            "schedule": dataclasses.asdict(job.schedule),
+        }
+        if self._root:
+            self._run.write_json("config.json", {**job.cfg.to_json(), "derived": derived})
+            self._run.write_json("env.json", environment(job.comm))
+        stream = sys.stderr if job.cfg.json else sys.stdout
+        self._progress = progress.make_progress(job.comm.rank, job.last, stream)
+        for line in self._header() if self._root else ():
+            self._progress.line(line)
+
+    def iteration(self, lr: float) -> None:
+        """After each iteration; costs a comparison and, on a terminal, a bar."""
+        job, step = self._job, self._job.state.step
+        if not self._root:
+            return
+        if step % job.cfg.print_freq and step != job.last:
+            self._progress.advance(step)
+            return
+        epoch, done = divmod(step - 1, job.steps)
+        numbers = job.meter.recent()
+        eta_s = (job.last - step) * job.meter.median_step_s()
+        line = progress.log_line(epoch + 1, job.cfg.epochs, done + 1, job.steps, lr, eta_s, numbers)
+        self._progress.advance(step, line)
+        self._metrics.write("step", step=step, epoch=epoch, lr=lr, **numbers)
+
+    def epoch(self, epoch: int, lr: float, training: dict[str, float], test: Evaluation) -> None:
+        self._metrics.write(
+            "epoch",
+            step=self._job.state.step,
+            epoch=epoch,
+            iterations_per_epoch=self._job.steps,
+            lr=lr,
+            **training,
+            test_error=test.error,
+            test_loss=test.loss,
+            test_images=test.count,
+            bn_statistics=STATISTICS,
+        )
+        self._progress.line(
+            f"epoch {epoch + 1}/{self._job.cfg.epochs}  train loss {training['train_loss']:.4f} "
+            f"error {training['train_error']:.2f} %  held-out error {test.error:.2f} % "
+            f"({test.count} images)  {progress.clock(self._metrics.wall_s)}"
+        )
+
+    def finish(self, test: Evaluation) -> dict[str, Any]:
+        """Write the summary and the pictures; the summary has the same accuracy on every rank."""
+        job = self._job
+        errors = [error for _, error in sorted(job.state.errors.items())] or [test.error]
+        trained = job.meter.steps > 0
+        summary = {
+            "step": job.state.step,
+            "accuracy_median": 100.0 - median_error(errors),
+            "accuracy_epochs": min(len(errors), 5),
+            "accuracy_final": test.accuracy,
+            "test_images": test.count,
+            "bn_statistics": STATISTICS,
+            "processes": job.comm.size,
+            "cores": _cores(),
+            "seconds": self._metrics.wall_s,
+            "throughput": job.meter.throughput() if trained else None,
+            "communication": job.meter.communication() if trained and self._root else None,
+            "directory": str(self._run.path) if self._root else None,
+        }
+        if trained:
+            self._metrics.write("summary", **summary)
+        if trained and self._root:
+            self._draw()
+        self._progress.close()
+        for line in _summary_lines(summary) if self._root else ():
+            self._progress.line(line)
+        return summary
+
+    def close(self) -> None:
+        self._progress.close()
+        self._metrics.close()
+
+    def _draw(self) -> None:
+        try:
+            from train import plots  # matplotlib: an extra, and a second of import
+        except ImportError as error:
+            self._progress.line(f"no pictures: {error}; pip install 'pyallreduce[train]'")
+            return
+        job = self._job
+        report = job.meter.typical_report()
+        self._run.write_json("timeline.json", report)
+        ranks = _count(job.comm.size, "rank")
+        caption = f"{command_line()}   ({ranks}, {_count(_cores(), 'core')})"
+        plots.timeline(report, self._run.file("timeline.png"), caption)
+        rates = [job.schedule(t) for t in range(job.state.step)]
+        plots.curves(
+            read_metrics(self._run.file(METRICS)), rates, self._run.file("curves.png"), caption
+        )
+
+    def _header(self) -> list[str]:
+        job = self._job
+        cfg, comm, schedule = job.cfg, job.comm, job.schedule
+        ramp = (
+            f"{schedule.start:g} -> {schedule.peak:g} over {schedule.warmup} iterations"
+            if schedule.warmup
+            else f"{schedule.peak:g}, no warmup (minibatch not above the reference)"
+        )
+        drops = ", ".join(str(d // job.steps) for d in schedule.drops) or "none"
+        parameters = sum(p.numel() for p in job.state.model.parameters())
+        lines = [
+            f"train      {cfg.preset}: {cfg.model}, {parameters:,} parameters; "
+            f"{_count(comm.size, 'process', 'processes')} on {_count(comm.num_nodes, 'host')}, "
+            f"{_count(_cores(), 'core')}, {_count(torch.get_num_threads(), 'thread')} each",
+            f"recipe     minibatch {comm.size} x {cfg.batch_size} = {comm.size * cfg.batch_size} "
+            f"(reference {cfg.reference_minibatch}), {job.steps} iterations per epoch",
+            f"           learning rate {ramp}; x0.1 at epochs {drops} of {cfg.epochs}",
+            f"evaluation every held-out image once, under {STATISTICS}",
+            f"run        {self._run.path}",
+        ]
+        if self._run.resumed_from:
+            done = "" if job.state.step < job.last else "; nothing left to do"
+            lines.append(
+                f"resumed    {self._run.resumed_from} at iteration {job.state.step} of "
+                f"{job.last}{done}"
+            )
+        return lines
+
+
+def _summary_lines(s: dict[str, Any]) -> list[str]:
+    lines = [
+        f"accuracy      {s['accuracy_median']:.2f} % held out, median of the last "
+        f"{s['accuracy_epochs']} epochs; {s['accuracy_final']:.2f} % at the end "
+        f"({s['test_images']} images, {s['bn_statistics']})"
+    ]
+    if s["throughput"]:
+        lines.append(
+            f"speed         {s['throughput']['images_per_s']:,.0f} images/s in the median "
+            f"iteration, {s['throughput']['images_per_s_end_to_end']:,.0f} images/s end to end "
+            f"({s['seconds']:.1f} s in all)"
+        )
+        lines.append("communication " + _communication_line(s["communication"], s["cores"]))
+    lines.append(f"files         {s['directory']}: {', '.join(sorted(os.listdir(s['directory'])))}")
+    return lines
+
+
+def _communication_line(c: dict[str, Any], cores: int) -> str:
+    if c["overlap_ratio"] is None:
+        return "none: one process"
+    return (
+        f"{100 * c['overlap_ratio']:.0f} % hidden behind compute (overlap ratio "
+        f"{c['overlap_ratio']:.2f}), {c['exposed_ms']:.2f} ms exposed per iteration of "
+        f"{c['busy_ms']:.2f} ms busy, medians of {c['iterations']} iterations on {cores} cores"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
