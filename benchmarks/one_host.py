@@ -74,21 +74,21 @@ def floor_s(program: Path, n: int, nbytes: int, blocks: int) -> list[float]:
     medians = []
     for _ in range(blocks):
         command = [str(program), str(n), str(nbytes), str(rounds)]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        lines = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
         medians.append(statistics.median(float(line) for line in lines.split()))
     return medians
 
 
 def machine() -> dict[str, Any]:
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "cpu": model,
+        "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "commit": commit,
         "torch": torch.__version__,
@@ -138,12 +138,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{rows[0]['cpu']}, {rows[0]['cores']} cores, torch {rows[0]['torch']}, commit {rows[0]['commit']}",
         "",
-        "| all-reduce, float32 | " + " | ".join(f"{name}, us" for name in names) + " | gloo / symmetric |",
+        "| all-reduce, float32 | "
+        + " | ".join(f"{name}, us" for name in names)
+        + " | gloo / symmetric |",
         "|---" * (len(names) + 2) + "|",
     ]
     for row in rows:
         us = row["time_us"]
-        size = f"{row['bytes'] >> 20} MiB" if row["bytes"] >= 1 << 20 else f"{row['bytes'] >> 10} KiB"
+        size = (
+            f"{row['bytes'] >> 20} MiB" if row["bytes"] >= 1 << 20 else f"{row['bytes'] >> 10} KiB"
+        )
         cells = [f"{us[name]:,.1f}" if us[name] < 1000 else f"{us[name]:,.0f}" for name in names]
         ratio = us["gloo"] / us["symmetric"]
         lines.append(f"| {size}, {row['ranks']} ranks | {' | '.join(cells)} | {ratio:.0f} x |")

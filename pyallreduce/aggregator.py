@@ -35,6 +35,12 @@ def _no_callback() -> None:
     return None
 
 
+def _unattached() -> GradientAggregator:
+    aggregator = GradientAggregator.__new__(GradientAggregator)
+    aggregator.module, aggregator._closed = None, True
+    return aggregator
+
+
 class GradientAggregator:
     """Aggregates a module's gradients over the ranks of ``comm`` during backward. Replaces DDP.
 
@@ -83,7 +89,8 @@ class GradientAggregator:
         if update not in ("step", "eager"):
             raise UsageError(f"update is {update!r}; accepted are 'step' and 'eager'")
 
-        self.module, self.comm, self.op = module, comm, OPS[op]
+        self.module: torch.nn.Module | None = module
+        self.comm, self.op = comm, OPS[op]
         self._optimizer = optimizer
         self._buckets = make_buckets(module, bucket_bytes or DEFAULT_BUCKET_BYTES)
         self._slots = [slot for bucket in self._buckets for slot in bucket.slots]
@@ -92,7 +99,7 @@ class GradientAggregator:
         sgd = check_optimizer(optimizer, self._buckets) if update == "eager" else None
         self._layout = layout_hash(module, self._buckets)
         comm.core.barrier(self._layout)
-        self._broadcast_module()
+        self._broadcast(module)
         for bucket in self._buckets:
             bucket.allocate(comm)
         self._updater = EagerUpdater(comm, self._buckets, sgd) if sgd is not None else None
@@ -112,7 +119,7 @@ class GradientAggregator:
         self._current: IterationRecord | None = None
         self._last: IterationRecord | None = None
         self._forward_start_s = self._forward_end_s = self._step_start_s = 0.0
-        self._handles: list[Any] = self._register_hooks()
+        self._handles: list[Any] = self._register_hooks(module)
         self._closed = False
 
     # --- what users call ---------------------------------------------------------------------------------------
@@ -162,12 +169,16 @@ class GradientAggregator:
         if self._updater is not None:
             self._updater.detach()
 
+    def __reduce__(self) -> Any:
+        """The module's hooks take us along into its copies and pickles, which nobody aggregates."""
+        return _unattached, ()
+
     # --- hooks ---------------------------------------------------------------------------------------------------
 
-    def _register_hooks(self) -> list[Any]:
+    def _register_hooks(self, module: torch.nn.Module) -> list[Any]:
         handles: list[Any] = [
-            self.module.register_forward_pre_hook(self._before_forward),
-            self.module.register_forward_hook(self._after_forward),
+            module.register_forward_pre_hook(self._before_forward),
+            module.register_forward_hook(self._after_forward),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ]
@@ -176,9 +187,17 @@ class GradientAggregator:
             handles.append(slot.param.register_post_accumulate_grad_hook(hook))
         return handles
 
+    def _is_watched(self, module: torch.nn.Module) -> bool:
+        """Not a copy, nor evaluation, nor a recomputation inside backward."""
+        return (
+            module is self.module
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1
+        )
+
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
-            return  # evaluation, or a recomputation inside backward
+        if not self._is_watched(module):
+            return
         self._check_open()
         self._abandon_backward()
         now = self._forward_start_s = _core.now_s()
@@ -186,13 +205,14 @@ class GradientAggregator:
         self._open_record(now)
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            assert self._current is not None
-            self._forward_end_s = _core.now_s()
-            self._current.add("forward", self._forward_start_s, self._forward_end_s)
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                    leaf.register_hook(self._on_output_gradient)
+        if not self._is_watched(module):
+            return
+        assert self._current is not None
+        self._forward_end_s = _core.now_s()
+        self._current.add("forward", self._forward_start_s, self._forward_end_s)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(self._on_output_gradient)
 
     def _on_output_gradient(self, grad: torch.Tensor) -> None:
         """The start of the outermost backward, also if all gradients come in reentrant ones inside it."""
@@ -342,9 +362,9 @@ class GradientAggregator:
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
-    def _broadcast_module(self) -> None:
+    def _broadcast(self, module: torch.nn.Module) -> None:
         with torch.no_grad():
-            for tensor in [*self.module.parameters(), *self.module.buffers()]:
+            for tensor in [*module.parameters(), *module.buffers()]:
                 if is_dense(tensor) and tensor.dtype in DTYPES:
                     self.comm.broadcast(tensor.detach())
                 else:  # bool, complex, ...: a copy is bytes

@@ -58,12 +58,8 @@ class EagerUpdater:
         self._comm, self._buckets, self._optimizer = comm, buckets, optimizer
         self._places = [_Place(bucket, comm, optimizer) for bucket in buckets]
         self._updated = False  # since the last step()
-        self._units = [
-            momentum_lr_of(group) for group in optimizer.param_groups
-        ]  # of the last update
-        self.gradients_are_zero = (
-            True  # the pass that consumed them has zeroed them, and nothing came since
-        )
+        self._units: list[float] = []  # of each group's momentum after the last update
+        self.gradients_are_zero = False  # a pass has consumed them, and nothing came since
         optimizer._eager = self
         for bucket in buckets:
             self._adopt_weights(bucket)

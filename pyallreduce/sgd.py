@@ -36,8 +36,6 @@ class SGD(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
     _eager: EagerUpdater | None = (
         None  # in the class too: a copy or a pickle is attached to nothing
     )
@@ -85,7 +83,9 @@ class SGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            if "form" not in group:  # of torch.optim.SGD: a reference momentum is an absorbed one in units of lr = 1
+            if (
+                "form" not in group
+            ):  # of torch.optim.SGD: a reference momentum is an absorbed one in units of lr = 1
                 absorbed = self.defaults["form"] == "absorbed"
                 group |= {
                     "form": self.defaults["form"],
@@ -123,19 +123,17 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Attributes that GradScaler sets for the call; it does not bear them to exist otherwise.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._eager is not None:
-            if self.found_inf is not None:
+            if found_inf is not None:
                 raise UsageError(
                     'GradScaler needs update="step": an eager update cannot be withheld'
                 )
             self._eager.close_update()
-        elif self.found_inf is not None and float(self.found_inf) != 0:
-            return loss
-        else:
-            scale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
-            for group, work in [
-                (g, self._gather(g)) for g in self.param_groups
-            ]:  # checks come first
+        elif found_inf is None or float(found_inf) == 0:
+            scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+            for group, work in [(g, self._gather(g)) for g in self.param_groups]:  # checks first
                 self._update(group, work, scale)
         return loss
 

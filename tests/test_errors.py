@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pyallreduce as par
-from ranks import Outcome, outcomes_of, run_ranks
+from ranks import outcomes_of, run_ranks
 
 BAD_CALLS: list[tuple[str, Callable[[par.Communicator], Any], list[str]]] = [
     ("not a tensor", lambda c: c.all_reduce([1.0]), ["list", "torch.Tensor"]),
@@ -173,11 +173,13 @@ def die_or_wait(rank: int, n: int, how: str, large: bool) -> None:
                 return
         try:
             comm.all_reduce(t)
-        except par.Error as first:
-            with pytest.raises(type(first)) as again:
-                comm.barrier()
-            assert str(again.value) == str(first)
-            raise
+        except par.Error as error:
+            first = error
+            break
+    with pytest.raises(type(first)) as again:
+        comm.barrier()
+    assert str(again.value) == str(first)
+    raise first
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -191,15 +193,8 @@ def test_a_rank_that_ends_is_named_on_every_survivor(n: int, how: str, large: bo
 
 
 def test_a_stopped_rank_is_silence_not_death() -> None:
-    pids: list[int] = []
-    outcomes: list[Outcome] = []
-
-    def resume_later(started: list[int]) -> None:
-        pids.extend(started)
-
-    start = time.monotonic()
-    outcomes = outcomes_of(3, die_or_wait, "stop", False, deadline_s=15, started=resume_later)
-    assert time.monotonic() - start < 40
+    # `started`: the stopped rank never ends by itself, and that is no failure of the test.
+    outcomes = outcomes_of(3, die_or_wait, "stop", False, deadline_s=8, started=lambda pids: None)
     for outcome in outcomes[:-1]:
         assert isinstance(outcome.error, par.TimeoutError), outcome
         assert isinstance(outcome.error, TimeoutError)
