@@ -97,7 +97,7 @@ class GradientAggregator:
         for slot in self._slots:
             span_of(slot.param.detach().flatten(), f"parameter {slot.name}")  # device and dtype
         sgd = check_optimizer(optimizer, self._buckets) if update == "eager" else None
-        self._layout = layout_hash(module, self._buckets)
+        self._layout = layout_hash(module, self._buckets, (op, update))
         comm.core.barrier(self._layout)
         self._broadcast(module)
         for bucket in self._buckets:
@@ -291,6 +291,7 @@ class GradientAggregator:
         else:
             address, numel, dtype, _ = span_of(bucket.flat)
             work = self.comm.core.all_reduce(address, numel, dtype, self.op, layout, True)
+            self.comm.keep_alive(work, bucket.flat)
         increment_version(bucket.flat)
         names = [slot.name for slot in bucket.slots]
         ready_s = bucket.ready_s if bucket.pending == 0 else now

@@ -131,14 +131,15 @@ def make_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[Bucket]:
     return [Bucket(i, slots, slots[0].param.dtype) for i, slots in enumerate(closed)]
 
 
-def layout_hash(module: torch.nn.Module, buckets: list[Bucket]) -> int:
-    """Equal on two ranks if and only if, but for collisions, their parameters, buffers and buckets are alike."""
+def layout_hash(module: torch.nn.Module, buckets: list[Bucket], options: tuple[str, ...]) -> int:
+    """Equal on two ranks if and only if, but for collisions, their parameters, buffers, buckets and options are."""
     text = repr(
         [
             (name, tuple(t.shape), t.stride(), str(t.dtype))
             for name, t in [*module.named_parameters(), *module.named_buffers()]
         ]
         + [[(slot.name, slot.begin) for slot in bucket.slots] for bucket in buckets]
+        + [options]
     )
     return (zlib.crc32(text.encode()) << 32 | zlib.adler32(text.encode())) or 1
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import os
+import threading
 import weakref
 from typing import Any
 
@@ -73,16 +75,14 @@ def init(
 
 
 class Work:
-    """A collective on its way. Keeps its tensors alive until it is finished."""
+    """A collective on its way. The communicator keeps its tensors alive until it is finished."""
 
-    def __init__(self, work: _core.Work, tensors: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, work: _core.Work) -> None:
         self._work = work
-        self._tensors = tensors
 
     def wait(self) -> None:
         """Returns when the result is in the tensor; raises what the collective raised."""
         self._work.wait()
-        self._tensors = ()
 
     def done(self) -> bool:
         return self._work.done()
@@ -105,6 +105,10 @@ class Communicator:
         self._core: _core.Communicator | None = _core.Communicator(
             self.local_rank, list(roster.node_ranks), roster.socket_name, roster.token, timeout_s
         )
+        # After _core: it must go first, since its worker may still use what is in flight.
+        self._in_flight: collections.deque[tuple[_core.Work, tuple[torch.Tensor, ...]]]
+        self._in_flight = collections.deque()
+        self._lock = threading.Lock()
         self.closed = False
         _open.add(self)
 
@@ -131,7 +135,17 @@ class Communicator:
         self, work: _core.Work | None, changed: torch.Tensor, *read: torch.Tensor
     ) -> Work | None:
         increment_version(changed)  # autograd must notice that a saved tensor was written
-        return None if work is None else Work(work, (changed, *read))
+        if work is None:
+            return None
+        self.keep_alive(work, changed, *read)
+        return Work(work)
+
+    def keep_alive(self, work: _core.Work, *tensors: torch.Tensor) -> None:
+        """Holds the memory of an asynchronous call until it is done, also if its caller lets go of everything."""
+        with self._lock:
+            while self._in_flight and self._in_flight[0][0].done():
+                self._in_flight.popleft()
+            self._in_flight.append((work, tensors))
 
     def all_reduce(
         self, tensor: torch.Tensor, op: str = "sum", async_op: bool = False

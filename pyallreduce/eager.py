@@ -73,7 +73,7 @@ class EagerUpdater:
         # From here on the weights may change under a graph that still holds them.
         increment_version([slot.param for slot in bucket.slots])
         self._updated = True
-        return self._comm.core.update(
+        work = self._comm.core.update(
             place.plan,
             [scalars_of(group) for group in groups],
             bucket.flat.data_ptr(),
@@ -84,6 +84,8 @@ class EagerUpdater:
             op,
             layout,
         )
+        self._comm.keep_alive(work, bucket.flat, place.weights, place.momentum)
+        return work
 
     def begin_backward(self) -> None:
         if self._updated:

@@ -275,6 +275,19 @@ def many_async(rank: int, n: int) -> None:
     comm.close()
 
 
+def let_go(rank: int, n: int) -> None:
+    comm = par.init()
+    for i in range(50):  # nobody holds tensor or Work: the communicator must
+        comm.all_reduce(torch.full((300_000,), float(rank + i)), async_op=True)
+        comm.all_reduce(comm.symmetric_empty(300_000).fill_(i), async_op=True)
+    comm.barrier()
+    comm.close()
+
+
+def test_asynchronous_calls_keep_their_memory_alive() -> None:
+    run_ranks(3, let_go)
+
+
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_asynchronous_calls_keep_their_order(n: int) -> None:
     run_ranks(n, many_async)
