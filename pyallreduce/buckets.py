@@ -23,6 +23,7 @@ class Slot:
     param: torch.nn.Parameter
     begin: int  # in elements of the bucket
     grad: torch.Tensor = field(init=False)  # view of the bucket, with the parameter's strides
+    address: int = field(init=False)  # of that view
     bucket: Bucket = field(init=False)
     index: int = field(init=False)  # in bucket.slots, and of its flag
     ready: bool = False  # in this backward
@@ -32,6 +33,8 @@ class Slot:
         """Moves a gradient of other memory into the bucket: a fresh one after zero_grad(set_to_none=True), that of
         backward(create_graph=True), or one that the user has put there."""
         grad = self.param.grad
+        if self.grad.data_ptr() != self.address:  # the user has set p.grad.data
+            self.grad = view_of(self.bucket.flat, self)
         if grad is None or grad is self.grad:
             return
         if grad.layout is not torch.strided:
@@ -70,6 +73,7 @@ class Bucket:
         self.flags = self.flat[self.flags_begin :]
         for slot in self.slots:
             slot.grad = view_of(self.flat, slot)
+            slot.address = slot.grad.data_ptr()
 
     def announce_use(self) -> None:
         """Writes this rank's flags, and zeros where it has nothing to contribute.
@@ -78,11 +82,11 @@ class Bucket:
         before. Mere zeros are what zero_grad(set_to_none=False) has left.
         """
         for slot in self.slots:
+            slot.adopt_gradient()
             if slot.param.grad is None:  # perhaps the user has dropped it
                 slot.used = False
                 slot.grad.zero_()
             else:
-                slot.adopt_gradient()
                 slot.used = slot.used or bool(slot.grad.any())
         self.flags.copy_(torch.tensor([slot.used for slot in self.slots]))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,7 +55,7 @@ def allreduce_hook(state: Communicator, bucket: dist.GradBucket) -> Future[torch
 
     Errors of the collective are raised by ``backward()`` with their own type.
     """
-    return _averaged(state, bucket.buffer()).then(_value)
+    return _averaged(state, bucket.buffer())
 
 
 def bf16_compress_hook(state: Communicator, bucket: dist.GradBucket) -> Future[torch.Tensor]:
@@ -78,11 +79,6 @@ def _compressed(
     return _averaged(comm, compressed).then(decompress)
 
 
-def _value(future: Future[torch.Tensor]) -> torch.Tensor:
-    # Set on the future itself, an exception would reach the user as "unable to cast to Tensor", its type lost.
-    return future.value()
-
-
 def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
     completer = _completers.get(comm)
     if completer is None:
@@ -90,6 +86,9 @@ def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
         completer = _completers[comm] = _Completer()
     work = comm.all_reduce(grads, op="avg", async_op=True)
     assert work is not None
+    if torch._C._current_graph_task_id() != -1:  # in Join, hooks run outside of backward
+        # At the end of backward, before DDP looks at the futures: these would turn an error into a RuntimeError.
+        Variable._execution_engine.queue_callback(work.wait)
     return completer.complete(work, grads)
 
 

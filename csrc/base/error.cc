@@ -1,6 +1,8 @@
 #include "base/error.h"
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 namespace pyar {
@@ -19,6 +21,24 @@ void throw_error(Cause cause, const std::string& message, std::vector<int> peers
       break;
   }
   throw Error(message, std::move(peers));
+}
+
+std::string names_of(const std::vector<int>& ranks) {
+  constexpr size_t kMaxNamed = 8;  // a line of text still; `peers` of the error holds all of them
+  std::string text = ranks.size() == 1 ? "rank" : "ranks";
+  for (size_t i = 0; i < std::min(ranks.size(), kMaxNamed); ++i) {
+    text += i == 0 ? " " : ", ";
+    text += std::to_string(ranks[i]);
+  }
+  if (ranks.size() > kMaxNamed)
+    text += " and " + std::to_string(ranks.size() - kMaxNamed) + " more";
+  return text;
+}
+
+std::string seconds(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g s", value);
+  return text;
 }
 
 void throw_errno(const std::string& what) { throw Error(what + ": " + std::strerror(errno)); }

@@ -48,6 +48,11 @@ struct MismatchError : Error {
 
 // Throws the member of the family that `cause` names: errors that another rank reported.
 [[noreturn]] void throw_error(Cause cause, const std::string& message, std::vector<int> peers);
+// "rank 3", "ranks 0, 2": how messages name ranks. Many are cut short, `peers` of an error holds
+// all of them.
+std::string names_of(const std::vector<int>& ranks);
+// "60 s"
+std::string seconds(double value);
 // Throws Error("<what>: <strerror(errno)>").
 [[noreturn]] void throw_errno(const std::string& what);
 

@@ -27,17 +27,18 @@ std::vector<Camp> camps_of(std::span<const Fingerprint> by_rank,
   return camps;
 }
 
-std::string names_of(const std::vector<int>& ranks) {
-  constexpr size_t kMaxNamed = 8;  // a line of text still; `peers` of the error holds all of them
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (size_t i = 0; i < std::min(ranks.size(), kMaxNamed); ++i)
-    text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
-  if (ranks.size() > kMaxNamed)
-    text += " and " + std::to_string(ranks.size() - kMaxNamed) + " more";
-  return text;
-}
-
 }  // namespace
+
+Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
+                        const Call& call) {
+  return {.sequence = call.sequence,
+          .layout = call.layout,
+          .num_elems = num_elems,
+          .kind = static_cast<uint32_t>(kind),
+          .op = op,
+          .dtype = static_cast<uint32_t>(dtype),
+          .root = root};
+}
 
 std::string describe(const Fingerprint& call) {
   const auto kind = static_cast<Kind>(call.kind);

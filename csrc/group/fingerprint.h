@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "base/dtype.h"
+#include "group/group.h"
 
 namespace pyar {
 
@@ -42,6 +43,9 @@ struct Fingerprint {
   bool operator==(const Fingerprint&) const = default;
 };
 static_assert(std::is_trivially_copyable_v<Fingerprint> && sizeof(Fingerprint) == 40);
+
+Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
+                        const Call& call);
 
 // "all_reduce(sum, float32, 1024 elements) as call 7"
 std::string describe(const Fingerprint& call);

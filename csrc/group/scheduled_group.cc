@@ -34,17 +34,6 @@ Fingerprint fingerprint_in(const Header& header) {
   return envelope.call;
 }
 
-Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
-                        const Call& call) {
-  return {.sequence = call.sequence,
-          .layout = call.layout,
-          .num_elems = num_elems,
-          .kind = static_cast<uint32_t>(kind),
-          .op = op,
-          .dtype = static_cast<uint32_t>(dtype),
-          .root = root};
-}
-
 // Partial sums of 16-bit floats travel as float32; the total is rounded once.
 DType accumulator_of(DType dtype) {
   return is_floating(dtype) && size_of(dtype) == 2 ? DType::kFloat32 : dtype;

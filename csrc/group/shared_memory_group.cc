@@ -31,12 +31,6 @@ Range shard_of(size_t num_elems, int rank, int size, size_t elem_bytes) {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-std::string names_of(const std::vector<int>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank" : "ranks";
-  for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : " ") + std::to_string(ranks[i]);
-  return text;
-}
-
 uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {  // FNV-1a
   uint64_t hash = seed ^ 0xcbf29ce484222325u;
   for (size_t i = 0; i < bytes; ++i)
@@ -72,17 +66,6 @@ SharedMemoryGroup::SharedMemoryGroup(HostLink link, const Deadline& deadline)
 char* SharedMemoryGroup::slot(int rank, unsigned turn) const {
   const size_t index = 2 * static_cast<size_t>(rank) + turn % 2;
   return control_.data() + static_cast<size_t>(size()) * sizeof(Page) + index * kTurnBytes;
-}
-
-Fingerprint SharedMemoryGroup::fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op,
-                                           int root, const Call& call) const {
-  return {call.sequence,
-          call.layout,
-          num_elems,
-          static_cast<uint32_t>(kind),
-          op,
-          static_cast<uint32_t>(dtype),
-          root};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -157,8 +140,8 @@ void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
   if (call.on_slice) (*call.on_slice)();
   if (late && !absent.empty())
     throw TimeoutError(names_of(absent) + " had not arrived at " + where + " after " +
-                           std::to_string(call.deadline.timeout_s()) +
-                           " s: stopped, slow, or somewhere else in the program; a longer "
+                           seconds(call.deadline.timeout_s()) +
+                           ": stopped, slow, or somewhere else in the program; a longer "
                            "timeout_s can be given to init()",
                        absent);
 }

@@ -105,9 +105,6 @@ class SharedMemoryGroup final : public Group {
   Page& page(int rank) const { return reinterpret_cast<Page*>(control_.data())[rank]; }
   char* slot(int rank, unsigned turn) const;
   Location locate(const void* data, size_t bytes);
-  Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
-                          const Call& call) const;
-
   // Announces the call, waits until all have announced theirs, compares. True if all data lie at
   // the same place of the same symmetric buffer, that is, may be used without staging.
   bool arrive(const Fingerprint& mine, const Location& where, const Call& call);

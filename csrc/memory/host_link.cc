@@ -81,7 +81,7 @@ Received receive_from(const Fd& socket, void* message, size_t bytes, const Deadl
       [&](bool late) {
         if (late)
           throw TimeoutError("no " + std::string(what) + " from rank " + std::to_string(from) +
-                                 " within " + std::to_string(deadline.timeout_s()) + " s",
+                                 " within " + seconds(deadline.timeout_s()),
                              {from});
       });
   if (received.bytes == 0)
@@ -135,8 +135,7 @@ void HostLink::listen_for_all(const std::string& name, const std::string& token,
           for (int l = 1; l < local_size(); ++l)
             if (!sockets_[l]) absent.push_back(global_ranks_[l]);
           throw TimeoutError("not all ranks of this host connected within " +
-                                 std::to_string(deadline.timeout_s()) +
-                                 " s; do all of them call init()?",
+                                 seconds(deadline.timeout_s()) + "; do all of them call init()?",
                              absent);
         });
     Hello hello{};
@@ -183,7 +182,7 @@ void HostLink::join(const std::string& name, const std::string& token, const Dea
         if (late)
           throw TimeoutError("rank " + std::to_string(leader) +
                                  " of this host did not listen within " +
-                                 std::to_string(deadline.timeout_s()) + " s",
+                                 seconds(deadline.timeout_s()),
                              {leader});
       });
   send_message(socket, &mine, sizeof mine);

@@ -15,17 +15,6 @@ std::vector<int> first_ranks(int size) {
   return ranks;
 }
 
-std::string names_of(const std::vector<int>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (size_t i = 0; i < ranks.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
-  return text;
-}
-
-std::string seconds(double value) {
-  std::string text = std::to_string(value);  // always 6 decimals
-  return text.substr(0, text.size() - 3) + " s";
-}
-
 }  // namespace
 
 InprocWorld::InprocWorld(int size) {
