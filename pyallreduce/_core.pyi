@@ -80,7 +80,7 @@ class Communicator:
     def update(
         self,
         plan: UpdatePlan,
-        groups: Sequence[kernels.SgdScalars],
+        groups: Sequence[tuple[kernels.SgdScalars, float]],
         gradients: int,
         num_elems: int,
         weights: int,

@@ -14,7 +14,7 @@ from pyallreduce._buffer import DTYPES
 from pyallreduce.buckets import Bucket, view_of
 from pyallreduce.communicator import Communicator
 from pyallreduce.errors import UsageError
-from pyallreduce.sgd import SGD, momentum_lr_of, scalars_of
+from pyallreduce.sgd import SGD, change_of_unit, momentum_lr_of, scalars_of
 
 
 class _Place:
@@ -75,7 +75,7 @@ class EagerUpdater:
         self._updated = True
         work = self._comm.core.update(
             place.plan,
-            [scalars_of(group) for group in groups],
+            [(scalars_of(group), change_of_unit(group)) for group in groups],
             bucket.flat.data_ptr(),
             bucket.flat.numel(),
             place.weights.data_ptr(),

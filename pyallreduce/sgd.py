@@ -174,13 +174,13 @@ class SGD(torch.optim.Optimizer):
 
     def _change_unit(self, group: dict[str, Any]) -> None:
         """Of the momentum that this step has not touched; the kernel has changed the others'."""
-        unit, previous = momentum_lr_of(group), group["momentum_lr"]
-        group["momentum_lr"] = unit
-        if previous in (None, unit) or not group["correction"]:
+        change = change_of_unit(group)
+        group["momentum_lr"] = momentum_lr_of(group)
+        if change == 1.0:
             return
         for param in group["params"]:
             if param.grad is None and param in self.state:
-                self.state[param]["momentum_buffer"].mul_(unit / previous)
+                self.state[param]["momentum_buffer"].mul_(change)
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
         state = self.state[param]
@@ -209,9 +209,8 @@ def scalars_of(group: dict[str, Any]) -> Scalars:
     elif not group["correction"]:
         history, gain, rate = momentum, lr, 1.0
     else:
-        unit, previous = momentum_lr_of(group), group["momentum_lr"]
-        history = momentum if previous is None else momentum * (unit / previous)
-        gain, rate = unit, 1.0 if lr else 0.0
+        history = momentum * change_of_unit(group)
+        gain, rate = momentum_lr_of(group), 1.0 if lr else 0.0
     return Scalars(
         decay=float(group["weight_decay"]),
         history=history,
@@ -226,6 +225,14 @@ def momentum_lr_of(group: dict[str, Any]) -> float:
     """Learning rate in whose units a corrected, absorbed momentum is kept from this step on. While lr is 0 it stays
     what it was: the weights rest, the history goes on, and the next change is still exact."""
     return float(group["lr"]) or group["momentum_lr"] or 1.0
+
+
+def change_of_unit(group: dict[str, Any]) -> float:
+    """Remark 2: what this step multiplies an absorbed momentum by, also that of parameters without a gradient."""
+    if group["form"] == "reference" or not group["correction"] or group["momentum_lr"] is None:
+        return 1.0
+    change: float = momentum_lr_of(group) / group["momentum_lr"]
+    return change
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -1266,3 +1266,30 @@ def test_death_in_backward(update: str) -> None:
         assert value["peers"] == (1,)
         assert value["torn"] == ((True, True) if update == "eager" else (False, False))
         assert value["unchanged"] or update == "eager"  # where it is a race what is updated
+
+
+def absorbed_momentum_of_an_unused_parameter(rank: int, n: int) -> list[torch.Tensor]:
+    """The learning rate changes in a step in which m[1] rests: its momentum must change its unit all the same."""
+    comm = par.init()
+    weights = []
+    for form, update in (("reference", "eager"), ("absorbed", "step"), ("absorbed", "eager")):
+        torch.manual_seed(0)
+        m = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]).double()
+        opt = par.SGD(m.parameters(), lr=0.1, form=form)
+        agg = par.GradientAggregator(m, comm, optimizer=opt, update=update)
+        for lr, used in ((0.1, True), (0.5, False), (0.5, True)):
+            opt.param_groups[0]["lr"] = lr
+            opt.zero_grad()
+            x = m[0](torch.ones(3, 2).double())
+            (m[1](x) if used else x).square().sum().backward()
+            opt.step()
+        weights.append(m[1].weight.detach().clone())
+        agg.close()
+    comm.close()
+    return weights
+
+
+def test_absorbed_momentum_of_an_unused_parameter_changes_its_unit() -> None:
+    for reference, step, eager in run_ranks(2, absorbed_momentum_of_an_unused_parameter):
+        assert torch.equal(step, eager)
+        assert torch.allclose(step, reference, rtol=1e-12, atol=1e-12)

@@ -30,8 +30,7 @@ std::string names_of(const std::vector<int>& ranks) {
     text += i == 0 ? " " : ", ";
     text += std::to_string(ranks[i]);
   }
-  if (ranks.size() > kMaxNamed)
-    text += " and " + std::to_string(ranks.size() - kMaxNamed) + " more";
+  if (ranks.size() > kMaxNamed) text.append(" and more");
   return text;
 }
 

@@ -110,11 +110,17 @@ struct UpdatePlan {
   size_t flags_begin;
 };
 
-std::vector<UpdatePiece> pieces_of(const UpdatePlan& plan, const std::vector<SgdScalars>& groups) {
+// Of a param group: the rule's factors, and what an unused parameter's momentum is multiplied by.
+using GroupFactors = std::pair<SgdScalars, double>;
+
+std::vector<UpdatePiece> pieces_of(const UpdatePlan& plan,
+                                   const std::vector<GroupFactors>& groups) {
   std::vector<UpdatePiece> pieces;
   pieces.reserve(plan.entries.size());
-  for (const auto& entry : plan.entries)
-    pieces.push_back({entry.begin, entry.num_elems, groups.at(entry.group)});
+  for (const auto& entry : plan.entries) {
+    const auto& [scalars, idle_scale] = groups.at(entry.group);
+    pieces.push_back({entry.begin, entry.num_elems, scalars, idle_scale});
+  }
   return pieces;
 }
 
@@ -201,7 +207,7 @@ void bind_communicator(py::module_& m) {
              self.call([](Group& group, const Call& call) { group.barrier(call); }, layout, false);
            })
       .def("update",
-           [](C& self, const UpdatePlan& plan, const std::vector<SgdScalars>& groups,
+           [](C& self, const UpdatePlan& plan, const std::vector<GroupFactors>& groups,
               uintptr_t gradients, size_t num_elems, uintptr_t weights, uintptr_t momentum,
               DType dtype, Op op, uint64_t layout) {
              return self.call(

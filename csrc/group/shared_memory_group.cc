@@ -394,15 +394,20 @@ void SharedMemoryGroup::update(const BucketUpdate& bucket, const Call& call) {
         return std::memcmp(static_cast<const char*>(ranks_flags) + i * elem_bytes, kZero,
                            elem_bytes) != 0;
       };
-      if (mine.begin >= mine.end || std::ranges::none_of(flags, is_used)) continue;
+      if (mine.begin >= mine.end) continue;
       const size_t at = mine.begin * elem_bytes;
+      void* const momentum = bucket.momentum ? static_cast<char*>(bucket.momentum) + at : nullptr;
+      if (std::ranges::none_of(flags, is_used)) {
+        if (momentum && piece.idle_scale != 1.0)
+          reduce(dtype, Op::kAvg, piece.idle_scale, {&momentum, 1, &momentum, 1, mine.count()});
+        continue;
+      }
       for (int r = 0; r < size(); ++r) {
         g[r] = gradients.part(r) + at;
         w[r] = weights.part((rank() + r) % size()) + at;  // the first is read: my own
       }
       sgd(dtype, piece.scalars, scale_of(bucket.op, size()),
-          {g.data(), ranks, w.data(), ranks,
-           bucket.momentum ? static_cast<char*>(bucket.momentum) + at : nullptr, mine.count(),
+          {g.data(), ranks, w.data(), ranks, momentum, mine.count(),
            /*zero_gradients=*/true});
     }
     next_phase(call);

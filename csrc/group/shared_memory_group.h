@@ -34,6 +34,8 @@ struct SymmetricBuffer {
 struct UpdatePiece {
   size_t begin, num_elems;  // in elements of the bucket
   SgdScalars scalars;
+  double
+      idle_scale;  // of its momentum when no rank has used it: an absorbed one may change its unit
 };
 
 // A bucket whose reduction and SGD step are one pass. gradients and weights are symmetric buffers
