@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyallreduce as par
-from ranks import Outcome, outcomes_of
+from ranks import Outcome, outcomes_of, run_ranks
 
 SIZES = [1, 2, 3, 4]
 STEPS = 6
