@@ -30,8 +30,9 @@ def init(
 ) -> Communicator:
     """Makes the communicator of all ranks that the launcher started, or of those that share ``store``.
 
-    Without ``store``: torchrun, mpirun (mpi4py) and srun are recognised by their environment; a process that none of
-    them started is the only rank. May be called once per process until that communicator is closed.
+    Without ``store``: the ranks of torch.distributed's default process group, if there is one; else torchrun, mpirun
+    (mpi4py) and srun are recognised by their environment; a process that none of them started is the only rank. May
+    be called once per process until that communicator is closed.
     With ``store``, ``rank`` and ``size``: a communicator over any torch store, any number of times; ranks of different
     subsets need different prefixes (``dist.PrefixStore``).
 
@@ -63,7 +64,7 @@ def init(
             "init() was called before in this process; use that communicator, close() it first, "
             "or pass store=, rank=, size="
         )
-    found = launch.detect(os.environ, settings["port"])
+    found = rendezvous.launch_of_process_group() or launch.detect(os.environ, settings["port"])
     if found.size == 1:
         comm = Communicator(0, 1, rendezvous.ALONE, timeout_s)
     else:

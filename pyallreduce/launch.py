@@ -15,7 +15,7 @@ OWN_PORT_OFFSET = 1  # MASTER_PORT itself is left to torch.distributed.init_proc
 class Launch:
     """Who this process is, and where rank 0 can be met (address and port mean nothing for ``single``)."""
 
-    launcher: str  # "torchrun", "mpirun", "srun" or "single"
+    launcher: str  # "torchrun", "mpirun", "srun", "torch.distributed" or "single"
     rank: int = 0
     size: int = 1
     address: str = "127.0.0.1"

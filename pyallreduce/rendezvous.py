@@ -37,9 +37,16 @@ class Roster:
 ALONE = Roster(token="", node_ranks=(0,), node_rank=0, num_nodes=1)
 
 
+def launch_of_process_group() -> Launch | None:
+    """Who this process is by torch.distributed, however its process group was made; None if there is none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return Launch("torch.distributed", dist.get_rank(), dist.get_world_size())
+
+
 def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     """The store of the launcher: torch's own if a process group exists, torchrun's, or one on a port of ours."""
-    if dist.is_available() and dist.is_initialized():
+    if launch.launcher == "torch.distributed":
         return dist.PrefixStore("pyallreduce", dist.distributed_c10d._get_default_store())
     if launch.launcher == "mpirun":
         return dist.PrefixStore("pyallreduce", _store_by_mpi(launch, timeout_s))

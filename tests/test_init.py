@@ -188,6 +188,28 @@ def test_both_orders_with_torch_distributed() -> None:
     run_ranks(2, init_before_and_after_a_process_group)
 
 
+def process_group_without_environment(rank: int, n: int, path: str) -> None:
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        del os.environ[name]
+    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=n)
+    comm = par.init()
+    assert (comm.rank, comm.size) == (rank, n)
+    comm.barrier()
+    comm.close()
+    dist.destroy_process_group()
+
+
+def test_a_process_group_is_enough(tmp_path: Path) -> None:
+    run_ranks(2, process_group_without_environment, str(tmp_path / "group"))
+
+
 # --- explicit stores -------------------------------------------------------------------------------------------------
 
 

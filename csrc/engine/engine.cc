@@ -35,11 +35,14 @@ Engine::~Engine() {
 
 bool Engine::is_forked_child() const { return fork_generation() != born_in_; }
 
-void Engine::check_usable() const {
+void Engine::refuse_forked_child() const {
   if (is_forked_child())
     throw UsageError(
         "this communicator belongs to the parent process; a forked child (a DataLoader worker?) "
         "must not call it");
+}
+
+void Engine::check_usable() const {
   if (first_error_) std::rethrow_exception(first_error_);
   if (closed_) throw UsageError("the communicator has been closed");
 }
@@ -49,6 +52,7 @@ std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout) {
   work->task_ = std::move(task);
   work->layout_ = layout;
   work->times_.enqueued_s = now_s();
+  refuse_forked_child();  // before the lock, which the parent's worker may have held at the fork
   const std::lock_guard lock(mutex_);
   check_usable();
   work->sequence_ = ++sequence_;
@@ -59,6 +63,7 @@ std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout) {
 }
 
 void Engine::run(Task task, uint64_t layout, const std::function<void()>& on_slice) {
+  refuse_forked_child();
   {
     std::unique_lock lock(mutex_);
     check_usable();

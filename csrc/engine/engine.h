@@ -70,6 +70,7 @@ class Engine {
   void work_loop();
   void check_usable() const;  // under mutex_
   bool is_forked_child() const;
+  void refuse_forked_child() const;
 
   std::unique_ptr<Group> group_;
   const double timeout_s_;
