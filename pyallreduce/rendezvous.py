@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,6 +35,7 @@ class Roster:
         return f"pyallreduce-{self.token[:32]}-{self.node_ranks[0]}"
 
 
+LINGER_S = 2.0
 ALONE = Roster(token="", node_ranks=(0,), node_rank=0, num_nodes=1)
 
 
@@ -128,21 +130,13 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
             (0,),
         ) from error
 
-    for field in ("size", "version"):
-        odd = [r for r, record in enumerate(records) if record[field] != records[0][field]]
-        if odd:
-            raise MismatchError(
-                f"rank 0 has {field} {records[0][field]}, rank {odd[0]} has {records[odd[0]][field]}",
-                odd,
-            )
+    store.add(f"{prefix}/read", 1)
+    if (error := _disagreement(records)) is not None:
+        if rank == 0:  # which may host the store: it must not end before the others have read why
+            _wait_until(lambda: store.add(f"{prefix}/read", 0) >= size, time.monotonic() + LINGER_S)
+        raise error
     nodes = list(dict.fromkeys(record["node"] for record in records))
     node = mine["node"]
-    if len(nodes) > 1:
-        first_elsewhere = next(r for r in range(size) if records[r]["node"] != records[0]["node"])
-        raise UsageError(
-            f"ranks 0 and {first_elsewhere} run on different hosts (or in different network namespaces); "
-            "communicators over several hosts are planned, not there yet"
-        )
     return Roster(
         token=records[0]["token"],
         node_ranks=tuple(r for r in range(size) if records[r]["node"] == node),
@@ -151,20 +145,42 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
     )
 
 
-def _wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.0005
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            absent = [r for r, key in enumerate(keys) if not store.check([key])]
-            names = ", ".join(map(str, absent))
-            raise TimeoutError(
-                f"rank(s) {names} did not come to the rendezvous within {timeout_s} s. Do all ranks call init()? "
-                "Did they crash before? A longer timeout_s can be given to init()",
-                absent,
+def _disagreement(records: list[dict[str, Any]]) -> Error | None:
+    for field in ("size", "version"):
+        odd = [r for r, record in enumerate(records) if record[field] != records[0][field]]
+        if odd:
+            return MismatchError(
+                f"rank 0 has {field} {records[0][field]}, rank {odd[0]} has {records[odd[0]][field]}",
+                odd,
             )
+    elsewhere = [r for r, record in enumerate(records) if record["node"] != records[0]["node"]]
+    if elsewhere:
+        return UsageError(
+            f"ranks 0 and {elsewhere[0]} run on different hosts (or in different network namespaces); "
+            "communicators over several hosts are planned, not there yet"
+        )
+    return None
+
+
+def _wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    if not _wait_until(lambda: store.check(keys), time.monotonic() + timeout_s):
+        absent = [r for r, key in enumerate(keys) if not store.check([key])]
+        names = ", ".join(map(str, absent))
+        raise TimeoutError(
+            f"rank(s) {names} did not come to the rendezvous within {timeout_s} s. Do all ranks call init()? "
+            "Did they crash before? A longer timeout_s can be given to init()",
+            absent,
+        )
+
+
+def _wait_until(ready: Callable[[], bool], deadline: float) -> bool:
+    pause_s = 0.0005
+    while not ready():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, 0.02)
+    return True
 
 
 def _node_key() -> str:

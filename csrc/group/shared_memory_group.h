@@ -30,6 +30,11 @@ struct SymmetricBuffer {
   char* part(int rank) const { return segment.data() + static_cast<size_t>(rank) * part_stride; }
 };
 
+struct Range {
+  size_t begin, end;
+  size_t count() const { return end - begin; }
+};
+
 // One parameter inside a bucket.
 struct UpdatePiece {
   size_t begin, num_elems;  // in elements of the bucket
@@ -104,6 +109,10 @@ class SharedMemoryGroup final : public Group {
     char* part(int rank) const { return buffer->part(rank) + offset_bytes; }
   };
 
+  // Staging per rank and turn. Smaller: more barriers per byte; larger: falls out of the
+  // second-level cache.
+  static constexpr size_t kTurnBytes = size_t{512} << 10;
+
   Page& page(int rank) const { return reinterpret_cast<Page*>(control_.data())[rank]; }
   char* slot(int rank, unsigned turn) const;
   Location locate(const void* data, size_t bytes);
@@ -112,7 +121,13 @@ class SharedMemoryGroup final : public Group {
   bool arrive(const Fingerprint& mine, const Location& where, const Call& call);
   // A barrier: what any rank wrote before is visible to all ranks after.
   void next_phase(const Call& call);
+  void all_reduce_in_place(const Location& where, Span data, Op op);
+  void all_reduce_staged(Span data, Op op, const Call& call);
+  void reduce_slots(unsigned turn, Range elems, DType dtype, Op op, void* to);
+  void update_piece(const BucketUpdate& bucket, size_t i, Range mine, const Location& gradients,
+                    const Location& weights);
   void watch(uint32_t phase, bool late, const Call& call);
+  // Runs a collective; if it fails, the others learn why.
   template <typename Body>
   void guarded(Body body);
   void report(const Error& error);
@@ -127,5 +142,18 @@ class SharedMemoryGroup final : public Group {
   std::vector<std::weak_ptr<SymmetricBuffer>> buffers_;
   uint64_t num_allocated_ = 0;
 };
+
+template <typename Body>
+void SharedMemoryGroup::guarded(Body body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    report(error);
+    throw;
+  } catch (const std::exception& error) {
+    report(Error(error.what()));
+    throw;
+  }
+}
 
 }  // namespace pyar
