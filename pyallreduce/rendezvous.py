@@ -131,10 +131,10 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
         ) from error
 
     store.add(f"{prefix}/read", 1)
-    if (error := _disagreement(records)) is not None:
+    if (problem := _disagreement(records)) is not None:
         if rank == 0:  # which may host the store: it must not end before the others have read why
             _wait_until(lambda: store.add(f"{prefix}/read", 0) >= size, time.monotonic() + LINGER_S)
-        raise error
+        raise problem
     nodes = list(dict.fromkeys(record["node"] for record in records))
     node = mine["node"]
     return Roster(
