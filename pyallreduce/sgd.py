@@ -1,9 +1,9 @@
-"""Fused SGD with momentum correction: one pass over memory per parameter (paper, section 2.3 and Remark 2)."""
+"""Fused SGD with momentum correction: one pass over memory per parameter (paper, section 3, Remark 2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import increment_version
@@ -12,14 +12,20 @@ from pyallreduce import _core
 from pyallreduce._buffer import DTYPES, is_dense
 from pyallreduce.errors import UsageError
 
-if TYPE_CHECKING:
-    from pyallreduce.eager import EagerUpdater
-
 Scalars = _core.kernels.SgdScalars  # the arguments of csrc/kernels/sgd_rule.h
 
 FORMS = ("reference", "absorbed")
 
 _Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weights, momentum, gradient
+
+
+class AttachedUpdate(Protocol):
+    """An aggregator that updates the parameters during backward, with this optimizer's factors and momentum."""
+
+    gradients_are_zero: bool
+
+    def close_update(self) -> None: ...
+    def adopt_momentum(self) -> None: ...
 
 
 class SGD(torch.optim.Optimizer):
@@ -36,7 +42,7 @@ class SGD(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    _eager: EagerUpdater | None = (
+    _eager: AttachedUpdate | None = (
         None  # in the class too: a copy or a pickle is attached to nothing
     )
 
