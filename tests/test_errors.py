@@ -157,8 +157,14 @@ def test_mismatched_calls_raise_on_every_rank(n: int, odd: int) -> None:
 # --- death and silence -----------------------------------------------------------------------------------------------
 
 
+def impatient_init(timeout_s: float) -> par.Communicator:
+    """The short deadline is for the calls under test, not for the start of the processes."""
+    par.init().close()
+    return par.init(timeout_s=timeout_s)
+
+
 def die_or_wait(rank: int, n: int, how: str, large: bool) -> None:
-    comm = par.init(timeout_s=3.0)
+    comm = impatient_init(3.0)
     t = torch.ones(3_000_000 if large else 10)
     for i in range(1000):
         if rank == n - 1 and i == 5:
@@ -194,7 +200,7 @@ def test_a_rank_that_ends_is_named_on_every_survivor(n: int, how: str, large: bo
 
 def test_a_stopped_rank_is_silence_not_death() -> None:
     # `started`: the stopped rank never ends by itself, and that is no failure of the test.
-    outcomes = outcomes_of(3, die_or_wait, "stop", False, deadline_s=8, started=lambda pids: None)
+    outcomes = outcomes_of(3, die_or_wait, "stop", False, deadline_s=12, started=lambda pids: None)
     for outcome in outcomes[:-1]:
         assert isinstance(outcome.error, par.TimeoutError), outcome
         assert isinstance(outcome.error, TimeoutError)
@@ -202,7 +208,7 @@ def test_a_stopped_rank_is_silence_not_death() -> None:
 
 
 def come_late(rank: int, n: int) -> None:
-    comm = par.init(timeout_s=1.0)
+    comm = impatient_init(1.0)
     if rank == 1:
         time.sleep(2.5)
     with pytest.raises(par.TimeoutError) as raised:
@@ -245,7 +251,7 @@ def close_in_the_middle(rank: int, n: int) -> float:
 
 
 def test_close_does_not_wait_for_others() -> None:
-    assert run_ranks(2, close_in_the_middle)[0] < 1.5
+    assert run_ranks(2, close_in_the_middle)[0] < 5  # its deadline would be 60
 
 
 def use_in_forked_child(rank: int, n: int) -> None:
