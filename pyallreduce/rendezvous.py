@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import secrets
@@ -36,6 +35,8 @@ class Roster:
 
 
 LINGER_S = 2.0
+# Kept for the process's life: rank 0 can listen on the port only once, and later communicators meet there again.
+_stores: dict[Launch, dist.Store] = {}
 ALONE = Roster(token="", node_ranks=(0,), node_rank=0, num_nodes=1)
 
 
@@ -50,13 +51,12 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     """The store of the launcher: torch's own if a process group exists, torchrun's, or one on a port of ours."""
     if launch.launcher == "torch.distributed":
         return dist.PrefixStore("pyallreduce", dist.distributed_c10d._get_default_store())
-    if launch.launcher == "mpirun":
-        return dist.PrefixStore("pyallreduce", _store_by_mpi(launch, timeout_s))
-    return dist.PrefixStore("pyallreduce", _tcp_store(launch, timeout_s))
+    if launch not in _stores:
+        open_one = _store_by_mpi if launch.launcher == "mpirun" else _tcp_store
+        _stores[launch] = open_one(launch, timeout_s)
+    return dist.PrefixStore("pyallreduce", _stores[launch])
 
 
-# Cached: rank 0 can listen on the port only once; later communicators meet there again.
-@functools.lru_cache(maxsize=1)
 def _tcp_store(launch: Launch, timeout_s: float) -> dist.Store:
     hosts_it = launch.rank == 0 and not launch.agent_store
     try:
@@ -81,7 +81,6 @@ def _tcp_store(launch: Launch, timeout_s: float) -> dist.Store:
         ) from error
 
 
-@functools.lru_cache(maxsize=1)
 def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.Store:
     try:
         from mpi4py import MPI
