@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 from collections.abc import Iterator
+from typing import TextIO
 
 import pytest
 
 DEADLINE_S = 120.0
+_stderr = pytest.StashKey[TextIO]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): another deadline than the default")
+    # The real stderr: while a test runs, descriptor 2 is a file that dies with the process.
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.stash[_stderr] = os.fdopen(os.dup(2), "w")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_stderr].close()
 
 
 @pytest.fixture(autouse=True)
 def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     marker = request.node.get_closest_marker("deadline")
     seconds = marker.args[0] if marker else DEADLINE_S
-    # A copy of the real stderr: pytest has redirected descriptor 2.
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[_stderr])
     yield
     faulthandler.cancel_dump_traceback_later()
