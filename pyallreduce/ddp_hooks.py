@@ -24,10 +24,12 @@ from pyallreduce.errors import UsageError
 
 
 class _Completer:
-    """Waits for collectives in order and completes their futures."""
+    """Waits for collectives in order and completes their futures. Its thread ends with the communicator."""
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Work, Future[Any], torch.Tensor]] = queue.SimpleQueue()
+    def __init__(self, comm: Communicator) -> None:
+        self._queue: queue.SimpleQueue[tuple[Work, Future[Any], torch.Tensor] | None]
+        self._queue = queue.SimpleQueue()
+        weakref.finalize(comm, self._queue.put, None)
         threading.Thread(target=self._run, name="pyallreduce-futures", daemon=True).start()
 
     def complete(self, work: Work, result: torch.Tensor) -> Future[Any]:
@@ -37,14 +39,17 @@ class _Completer:
 
     def _run(self) -> None:
         while True:
-            work, future, result = self._queue.get()
+            item = self._queue.get()
+            if item is None:
+                return
+            work, future, result = item
             try:
                 work.wait()
             except Exception as error:
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del work, future, result  # do not keep the last bucket alive while idle
+            del item, work, future, result  # do not keep the last bucket alive while idle
 
 
 _completers: weakref.WeakKeyDictionary[Communicator, _Completer] = weakref.WeakKeyDictionary()
@@ -83,7 +88,7 @@ def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
     completer = _completers.get(comm)
     if completer is None:
         _check_ddp(comm)
-        completer = _completers[comm] = _Completer()
+        completer = _completers[comm] = _Completer(comm)
     work = comm.all_reduce(grads, op="avg", async_op=True)
     assert work is not None
     if torch._C._current_graph_task_id() != -1:  # in Join, hooks run outside of backward
