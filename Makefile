@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+CXX_FILES = $$(git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: train test bench lint format clean
@@ -18,13 +19,13 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # An editable install: Python files are used where they lie, the extension is rebuilt when its sources change.
 $(VENV)/.installed: $(SOURCES)

@@ -1,17 +1,17 @@
-// The floor beside every all-reduce figure: the bytes that an in-place all-reduce (average) on one host must move,
-// moved by a plain loop, and nothing else. p processes, buffers in shared memory; each sums its shard of all buffers
-// and writes it to all of them. Prints the seconds of each round, one a line.
+// The floor beside every all-reduce figure: the bytes that an in-place all-reduce (average) on one
+// host must move, moved by a plain loop, and nothing else. p processes, buffers in shared memory;
+// each sums its shard of all buffers and writes it to all of them. Prints the seconds of each
+// round, one a line.
 //   g++ -O3 -march=native -std=c++20 floor.cpp -o floor && ./floor RANKS BYTES ROUNDS
-#include <sched.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <vector>
 
 namespace {
@@ -70,7 +70,8 @@ int main(int argc, char** argv) {
     for (size_t i = 0; i < n; ++i) buffers[rank][i] = static_cast<float>(rank + 1);
     barrier.wait(ranks, phase, may_spin);
     const double start = now_s();
-    barrier.wait(ranks, phase, may_spin);  // an all-reduce in place waits twice: for all data, for all results
+    barrier.wait(ranks, phase,
+                 may_spin);  // an all-reduce in place waits twice: for all data, for all results
     if (ranks == 2)
       average<2>(buffers.data(), begin, end);
     else
