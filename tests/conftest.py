@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 import pytest
+import torch
 
 DEADLINE_S = 120.0
 _stderr = pytest.StashKey[TextIO]()
@@ -31,3 +32,9 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[_stderr])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The networks of the tests are so small that threads only slow them down."""
+    torch.set_num_threads(1)

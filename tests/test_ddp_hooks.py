@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -24,14 +24,6 @@ STEPS = 20
 SMALL_BUCKETS_MB = 0.0005  # several per model, once DDP has rebuilt them after the first iteration
 
 Hook = Callable[[par.Communicator, dist.GradBucket], Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ import copy
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -30,15 +30,6 @@ STEPS = 200
 BN_STEPS = 100
 KN = 32
 DECAY = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small are only slowed down by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # The networks and the schedule that workers and reference share.

@@ -63,8 +63,6 @@ class Engine {
   // the group. Idempotent. Unfinished collectives end with an Error.
   void close(const std::function<void()>& interrupt);
 
-  Group& group() { return *group_; }
-
  private:
   void execute(Work& work, Patience patience, const std::function<void()>* on_slice);
   void work_loop();
