@@ -59,8 +59,7 @@ def measure(rank: int, n: int, nbytes: int, blocks: int, path: str) -> None:
                 times.append(time.perf_counter() - start)
                 right = (n + 1) / 2 + i % 3
                 right *= n if name == "gloo" else 1
-                assert tensor[0] == right, name
-                assert tensor[-1] == right, name
+                assert (tensor == right).all(), name
             if block >= 0:
                 samples[name].append(statistics.median(times))
     if rank == 0:

@@ -35,6 +35,8 @@ class Roster:
 
 
 LINGER_S = 2.0
+MPI_TAG = 0x7079
+_sent: list[Any] = []  # MPI requests of rank 0, whose buffers must live until they are delivered
 # Kept for the process's life: rank 0 can listen on the port only once, and later communicators meet there again.
 _stores: dict[Launch, dist.Store] = {}
 ALONE = Roster(token="", node_ranks=(0,), node_rank=0, num_nodes=1)
@@ -94,17 +96,30 @@ def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.Store:
             f"mpirun says rank {launch.rank} of {launch.size}, mpi4py says {world.Get_rank()} of {world.Get_size()}: "
             "mpi4py uses another MPI library than this mpirun. Install the one that mpirun belongs to"
         )
-    store = None
-    address = None
     timeout = timedelta(seconds=timeout_s)
     if launch.rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, launch.size, True, timeout, wait_for_workers=False)
         address = (socket.gethostname(), store.port, _node_key())
-    host, port, node = world.bcast(address, root=0)
-    if store is None:
-        host = "127.0.0.1" if node == _node_key() else host
-        store = dist.TCPStore(host, port, launch.size, False, timeout, wait_for_workers=False)
-    return store
+        # Not a broadcast, which has no deadline; meet() names those who do not come for their message.
+        _sent.extend(world.isend(address, dest=r, tag=MPI_TAG) for r in range(1, launch.size))
+        return store
+    request = world.irecv(source=0, tag=MPI_TAG)
+    received: list[Any] = []
+
+    def arrived() -> bool:
+        done, message = request.test()
+        received[:] = [message]
+        return bool(done)
+
+    if not _wait_until(arrived, time.monotonic() + timeout_s):
+        request.cancel()
+        raise TimeoutError(
+            f"rank 0 sent no address for the rendezvous within {timeout_s} s. Has it called init()?",
+            (0,),
+        )
+    host, port, node = received[0]
+    host = "127.0.0.1" if node == _node_key() else host
+    return dist.TCPStore(host, port, launch.size, False, timeout, wait_for_workers=False)
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:

@@ -241,9 +241,6 @@ def memory_formats(rank: int, n: int) -> None:
     t = values(rank, 35, torch.float32, "sum").reshape(5, 7).t()
     comm.broadcast(t, 1)
     assert torch.equal(t, values(1, 35, torch.float32, "sum").reshape(5, 7).t())
-    grown = torch.zeros(3, requires_grad=True)
-    product = grown * 2
-    comm.all_reduce(product.detach())
     saved = torch.ones(3, requires_grad=True)
     squared = saved.clone()
     loss = (squared * squared).sum()

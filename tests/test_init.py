@@ -154,6 +154,26 @@ def test_mpirun() -> None:
     assert result.stdout.count("sum 6.0 size 3 3 0 1") == 3, result.stdout + result.stderr
 
 
+def test_mpirun_names_a_rank_0_that_does_not_come() -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip("no mpiexec beside python: pip install mpich")
+    code = """
+import sys, pyallreduce as par
+from mpi4py import MPI
+if MPI.COMM_WORLD.Get_rank() == 1:
+    try:
+        par.init(timeout_s=0.5)
+    except par.TimeoutError as error:
+        sys.stdout.write(f"peers {error.peers}")
+        sys.stdout.flush()
+MPI.COMM_WORLD.Barrier()
+"""
+    result = run_python(code, {}, str(mpiexec), "-n", "2")
+    assert result.stdout == "peers (0,)", result.stdout + result.stderr
+
+
 def test_srun_environment() -> None:
     port = str(free_port_pair())
     common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "PYALLREDUCE_PORT": port}
