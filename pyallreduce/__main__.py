@@ -7,25 +7,55 @@ import sys
 from collections.abc import Sequence
 
 from pyallreduce import __version__
+from pyallreduce.cli import bench, trace
+from pyallreduce.errors import Error, UsageError
 
-COMMANDS = {
+PLANNED = {
     "doctor": "say what this installation and machine offer",
-    "bench": "measure collectives, with the columns of nccl-tests",
     "plan": "print or pin the choice of schedules, buckets and chunks",
-    "trace": "merge the ranks' event records into one trace",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for a usage error."""
-    parser = argparse.ArgumentParser(prog="pyallreduce", description=__doc__)
+    """Returns the exit code: 0, 1 for an error or wrong data, 2 for a usage error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_args(arguments)
+    if options.command in PLANNED:
+        print(f"pyallreduce: `{options.command}` is planned, not there yet", file=sys.stderr)
+        return 2
+    try:
+        return bench.run(options, arguments) if options.command == "bench" else trace.run(options)
+    except UsageError as error:
+        print(f"pyallreduce {options.command}: {error}", file=sys.stderr)
+        return 2
+    except Error as error:
+        print(f"pyallreduce {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyallreduce", description="All-reduce for data-parallel PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"pyallreduce {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, purpose in COMMANDS.items():
+    for name, module, purpose in (
+        ("bench", bench, "measure collectives, with the flags and columns of nccl-tests"),
+        ("trace", trace, "merge the ranks' event records into one trace"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+    for name, purpose in PLANNED.items():
         commands.add_parser(name, help=f"{purpose} (planned)")
-    arguments = parser.parse_args(argv)
-    print(f"pyallreduce: `{arguments.command}` is planned, not there yet", file=sys.stderr)
-    return 2
+    return parser
 
 
 if __name__ == "__main__":

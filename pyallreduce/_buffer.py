@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
 
 import torch
 
@@ -22,11 +21,17 @@ DTYPES: dict[torch.dtype, DType] = {
 OPS: dict[str, Op] = {"sum": Op.sum, "avg": Op.avg, "prod": Op.prod, "min": Op.min, "max": Op.max}
 
 
-class Span(NamedTuple):
-    address: int
-    numel: int
-    dtype: DType
-    layout: int  # 0 for contiguous; else a hash of shape and strides, which must then agree between ranks
+# Address, number of elements, dtype, layout: 0 for contiguous, else a hash of shape and strides, which must then agree
+# between ranks.
+Span = tuple[int, int, DType, int]
+
+_STRIDED = torch.strided
+_OP_OF = {
+    (name, dtype): op
+    for name, op in OPS.items()
+    for dtype in DTYPES
+    if dtype.is_floating_point or op is not Op.avg
+}
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -45,6 +50,19 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def span_of(tensor: torch.Tensor, name: str = "tensor", *, contiguous: bool = False) -> Span:
     """The memory of a dense CPU tensor. UsageError says what was given and what is accepted."""
+    # The common case first: these looks at the tensor are most of what a small collective costs in Python.
+    if (
+        isinstance(tensor, torch.Tensor)
+        and tensor.is_cpu
+        and tensor.layout is _STRIDED
+        and tensor.is_contiguous()
+        and (dtype := DTYPES.get(tensor.dtype)) is not None
+    ):
+        return (tensor.data_ptr(), tensor.numel(), dtype, 0)
+    return _unusual_span_of(tensor, name, contiguous)
+
+
+def _unusual_span_of(tensor: torch.Tensor, name: str, contiguous: bool) -> Span:
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is needed")
     if tensor.device.type != "cpu":
@@ -56,10 +74,8 @@ def span_of(tensor: torch.Tensor, name: str = "tensor", *, contiguous: bool = Fa
     if dtype is None:
         accepted = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise UsageError(f"{name} has dtype {tensor.dtype}; accepted are {accepted}")
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not _STRIDED:
         raise UsageError(f"{name} has layout {tensor.layout}; make it dense with .to_dense()")
-    if tensor.is_contiguous():
-        return Span(tensor.data_ptr(), tensor.numel(), dtype, 0)
     shape, strides = tuple(tensor.shape), tensor.stride()
     if contiguous or not is_dense(tensor):
         raise UsageError(
@@ -68,17 +84,17 @@ def span_of(tensor: torch.Tensor, name: str = "tensor", *, contiguous: bool = Fa
             "pass .contiguous() of it"
         )
     layout = zlib.crc32(repr((shape, strides)).encode()) | 1
-    return Span(tensor.data_ptr(), tensor.numel(), dtype, layout)
+    return (tensor.data_ptr(), tensor.numel(), dtype, layout)
 
 
 def op_of(op: str, dtype: torch.dtype) -> Op:
     """The core's operation. UsageError for an unknown one and for the average of integers."""
-    found = OPS.get(op) if isinstance(op, str) else None
-    if found is None:
-        raise UsageError(f"op is {op!r}; accepted are {', '.join(OPS)}")
-    if found is Op.avg and not dtype.is_floating_point:
-        raise UsageError(f"op 'avg' of {dtype} would round; use 'sum' and divide")
-    return found
+    try:
+        return _OP_OF[op, dtype]
+    except (KeyError, TypeError):  # TypeError: not hashable
+        if op == "avg":
+            raise UsageError(f"op 'avg' of {dtype} would round; use 'sum' and divide") from None
+        raise UsageError(f"op is {op!r}; accepted are {', '.join(OPS)}") from None
 
 
 def check_disjoint(output: torch.Tensor, input: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Literal, TypedDict, overload
+from typing import TypedDict
 
 from typing_extensions import Buffer
 
@@ -17,6 +17,7 @@ class _Env(TypedDict):
     isa: str
     port: int
     timeout_s: float
+    trace: str
 
 def read_env() -> _Env: ...
 
@@ -42,6 +43,9 @@ class Work:
     def times(self) -> tuple[float, float, float, list[float]]:
         """Enqueued, start, end, and when each rank arrived; seconds of now_s()."""
 
+    def findings(self) -> tuple[float, tuple[int | None, int] | None]:
+        """Sum of squares, if wanted; global rank (None: only the sum overflows) and element of the first inf or NaN."""
+
 class Part(Buffer): ...
 
 class UpdatePlan:
@@ -52,18 +56,6 @@ class Communicator:
     def __init__(
         self, local_rank: int, global_ranks: Sequence[int], name: str, token: str, timeout_s: float
     ) -> None: ...
-    @overload
-    def all_reduce(
-        self,
-        data: int,
-        num_elems: int,
-        dtype: DType,
-        op: Op,
-        layout: int,
-        async_op: Literal[True],
-        /,
-    ) -> Work: ...
-    @overload
     def all_reduce(
         self, data: int, num_elems: int, dtype: DType, op: Op, layout: int, async_op: bool, /
     ) -> Work | None: ...
@@ -77,6 +69,19 @@ class Communicator:
         self, data: int, num_elems: int, dtype: DType, root: int, layout: int, async_op: bool, /
     ) -> Work | None: ...
     def barrier(self, layout: int, /) -> None: ...
+    def aggregate(
+        self,
+        data: int,
+        num_elems: int,
+        dtype: DType,
+        op: Op,
+        layout: int,
+        watched_elems: int,
+        norm_is_wanted: bool,
+        /,
+    ) -> Work:
+        """An asynchronous all_reduce of symmetric memory with findings() about the first ``watched_elems``."""
+
     def update(
         self,
         plan: UpdatePlan,
@@ -86,10 +91,13 @@ class Communicator:
         weights: int,
         momentum: int,
         dtype: DType,
-        op: Op,
+        scale: float,
+        is_reduced: bool,
         layout: int,
         /,
-    ) -> Work: ...
+    ) -> Work:
+        """``scale``: of the sum of all ranks' gradients; of this rank's, if they are reduced already."""
+
     def allocate(self, num_elems: int, dtype: DType, one_copy: bool, /) -> Part: ...
     def close(self) -> None: ...
 
@@ -131,7 +139,11 @@ class kernels:
         op: str,
         scale: float = 1.0,
         isa: str = "",
-    ) -> None: ...
+    ) -> tuple[int, int | None] | None:
+        """Element and source (None: only the sum) of the first inf or NaN, for sum and avg of floats."""
+
+    @staticmethod
+    def sum_squares(data: int, num_elems: int, dtype: str, isa: str = "") -> float: ...
     @staticmethod
     def convert(
         from_dtype: str,
@@ -152,7 +164,7 @@ class kernels:
         scale: float = 1.0,
         zero_gradients: bool = False,
         isa: str = "",
-    ) -> None: ...
+    ) -> tuple[int, int | None] | None: ...
     @staticmethod
     def sgd_many(
         spans: Sequence[tuple[int, int, int, int]],

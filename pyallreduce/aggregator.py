@@ -8,6 +8,7 @@ what is left, and waits.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,13 +23,14 @@ from torch.optim.optimizer import (
 )
 from torch.utils._pytree import tree_leaves
 
-from pyallreduce import _core
+from pyallreduce import _core, clipping
 from pyallreduce._buffer import DTYPES, OPS, is_dense, span_of
 from pyallreduce.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot, layout_hash, make_buckets
 from pyallreduce.communicator import Communicator
 from pyallreduce.eager import EagerUpdater, check_optimizer
 from pyallreduce.errors import Error, UsageError
-from pyallreduce.report import BucketRecord, IterationRecord, summarise
+from pyallreduce.report import BucketRecord, Iteration, IterationRecord, NonFinite, summarise
+from pyallreduce.trace import open_trace
 
 
 def _no_callback() -> None:
@@ -79,30 +81,38 @@ class GradientAggregator:
             raise UsageError(f"op is {op!r}; gradients can be aggregated by 'avg' or 'sum'")
         if bucket_bytes is not None and (not isinstance(bucket_bytes, int) or bucket_bytes <= 0):
             raise UsageError(f"bucket_bytes is {bucket_bytes!r}; a positive whole number is needed")
-        for name, value in (
-            ("wire_dtype", wire_dtype),
-            ("share_parameters", share_parameters),
-            ("max_norm", max_norm),
-        ):
-            if value is not None and value is not False:
-                raise UsageError(f"{name}={value} is planned, not there yet; leave it out")
+        if wire_dtype is not None:
+            raise UsageError(f"wire_dtype={wire_dtype} is planned, not there yet; leave it out")
         if update not in ("step", "eager"):
             raise UsageError(f"update is {update!r}; accepted are 'step' and 'eager'")
+        if share_parameters and update != "eager":
+            raise UsageError('share_parameters=True needs update="eager", which writes each once')
+        if max_norm is not None and not (
+            isinstance(max_norm, (int, float)) and 0 < max_norm < math.inf
+        ):
+            raise UsageError(f"max_norm is {max_norm!r}; a positive, finite number is needed")
 
         self.module: torch.nn.Module | None = module
         self.comm, self.op = comm, OPS[op]
-        self._optimizer = optimizer
+        self._optimizer, self._max_norm = optimizer, max_norm
         self._buckets = make_buckets(module, bucket_bytes or DEFAULT_BUCKET_BYTES)
         self._slots = [slot for bucket in self._buckets for slot in bucket.slots]
         for slot in self._slots:
             span_of(slot.param.detach().flatten(), f"parameter {slot.name}")  # device and dtype
         sgd = check_optimizer(optimizer, self._buckets) if update == "eager" else None
-        self._layout = layout_hash(module, self._buckets, (op, update))
+        options = (op, update, str(bool(share_parameters)), str(max_norm))
+        self._layout = layout_hash(module, self._buckets, options)
+        self._trace = open_trace(comm.rank, comm.size)
         comm.core.barrier(self._layout)
         self._broadcast(module)
         for bucket in self._buckets:
             bucket.allocate(comm)
-        self._updater = EagerUpdater(comm, self._buckets, sgd) if sgd is not None else None
+        self._updater: EagerUpdater | None = None
+        if sgd is not None:
+            scale = 1.0 / comm.size if op == "avg" else 1.0
+            self._updater = EagerUpdater(
+                comm, self._buckets, sgd, scale, is_shared=bool(share_parameters)
+            )
 
         self._syncs = True  # False inside no_sync()
         self._expects = False  # a forward has run whose gradients are not aggregated yet
@@ -113,11 +123,12 @@ class GradientAggregator:
         self._begun_to_sync = False  # and it is to aggregate them
         self._attempt = 0  # backwards that raised before their end
         self._torn = False
+        self._updating = False  # an eager update is under way
         self._next = 0  # the first bucket whose collective has not started
         self._records: list[BucketRecord] = []  # of started buckets, not yet waited for
         self._count = 0
         self._current: IterationRecord | None = None
-        self._last: IterationRecord | None = None
+        self._last: Iteration | None = None
         self._forward_start_s = self._forward_end_s = self._step_start_s = 0.0
         self._handles: list[Any] = self._register_hooks(module)
         self._closed = False
@@ -145,19 +156,36 @@ class GradientAggregator:
             self._start(self._buckets[self._next])
         self._wait()
 
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """For writes to the parameters outside the update, ``load_state_dict`` for one: no rank of the host reads or
+        updates them meanwhile. With ``share_parameters`` one rank writes for all, the one that gets True; without,
+        every rank does. Collective; do not communicate inside.
+        """
+        self._check_open()
+        is_shared = self._updater is not None and self._updater.is_shared
+        if is_shared:
+            self.comm.barrier()
+        yield self.comm.local_rank == 0 or not is_shared
+        if self._updater is not None:
+            self._updater.adopt_weights()
+
     def report(self) -> dict[str, Any]:
         """What the last finished iteration spent on communication, from this rank's event record. Local, JSON-able.
 
         Seconds from the first forward to the return of ``step()``; ``overlap_ratio`` is None without communication.
         ``iteration`` counts from 1; 0 while none has finished. Keys: iteration, window_s, compute_s, comm_busy_s,
-        exposed_comm_s, overlap_ratio, skew_s, slowest_rank, buckets, phases; definitions in pyallreduce/report.py.
+        exposed_comm_s, overlap_ratio, idle_s, skew_s, slowest_rank, buckets, phases; definitions in
+        pyallreduce/report.py. ``nonfinite``: None, or the rank and parameter with which the first inf or NaN came into
+        the aggregate (rank None: only the sum overflows; not looked for if size is 1, unless the update is eager or
+        ``max_norm`` is set). ``grad_norm``: before clipping, with ``max_norm``.
         """
         return summarise(self._last, self.comm.size)
 
     @property
     def torn(self) -> bool:
         """True if an eager iteration failed half-way: some buckets may be updated, others not."""
-        return self._torn or (self._updater is not None and self._next > 0)
+        return self._torn or self._updating
 
     def close(self) -> None:
         """Removes the hooks; gradients stay where they are. Local, idempotent."""
@@ -168,6 +196,8 @@ class GradientAggregator:
             handle.remove()
         if self._updater is not None:
             self._updater.detach()
+        if self._trace is not None:
+            self._trace.flush()
 
     def __reduce__(self) -> Any:
         """The module's hooks take us along into its copies and pickles, which nobody aggregates."""
@@ -200,6 +230,8 @@ class GradientAggregator:
             return
         self._check_open()
         self._abandon_backward()
+        if self._updater is not None and self._updater.is_shared:
+            self._updater.check_unwritten()
         now = self._forward_start_s = _core.now_s()
         self._expects = True
         self._open_record(now)
@@ -284,19 +316,30 @@ class GradientAggregator:
         now = _core.now_s()
         with torch.no_grad():
             bucket.announce_use()
-        # With the index, so that a rank that has lost a backward is told so and does not mix up buckets.
-        layout = (self._layout + self._attempt * len(self._buckets) + bucket.index) % 2**64
-        if self._updater is not None:
-            work = self._updater.submit(bucket, self.op, layout)
+        if self._updater is not None and self._max_norm is None:
+            self._updating = True
+            work = self._updater.submit(bucket, self._layout_of(bucket))
         else:
             address, numel, dtype, _ = span_of(bucket.flat)
-            work = self.comm.core.all_reduce(address, numel, dtype, self.op, layout, True)
+            work = self.comm.core.aggregate(
+                address,
+                numel,
+                dtype,
+                self.op,
+                self._layout_of(bucket),
+                bucket.flags_begin,
+                self._max_norm is not None,
+            )
             self.comm.keep_alive(work, bucket.flat)
         increment_version(bucket.flat)
         names = [slot.name for slot in bucket.slots]
         ready_s = bucket.ready_s if bucket.pending == 0 else now
         self._records.append(BucketRecord(bucket.index, bucket.nbytes, names, ready_s, work))
         self._next += 1
+
+    def _layout_of(self, bucket: Bucket) -> int:
+        """With the index, so that a rank that has lost a backward is told so and does not mix up buckets."""
+        return (self._layout + self._attempt * len(self._buckets) + bucket.index) % 2**64
 
     def _wait(self) -> None:
         wait_start_s = _core.now_s()
@@ -307,19 +350,55 @@ class GradientAggregator:
             with torch.no_grad():
                 for bucket in self._buckets:
                     bucket.settle_unused()
-        else:
-            self._updater.end_update()
         if self._current is not None:
             self._current.buckets.extend(self._records)
+            self._current.nonfinite = self._first_nonfinite()
             self._current.add("wait", wait_start_s, _core.now_s())
+        if self._max_norm is not None:
+            self._clip(self._max_norm)
+        if self._updater is not None:
+            self._updater.end_update()
         self._begin_anew()
+
+    def _first_nonfinite(self) -> NonFinite | None:
+        for record in self._records:
+            if (found := record.work.findings()[1]) is not None:
+                rank, element = found
+                return NonFinite(rank, self._buckets[record.index].slot_at(element).name)
+        return None
+
+    def _clip(self, max_norm: float) -> None:
+        """All buckets are reduced. With an eager update, its second pass."""
+        start_s = _core.now_s()
+        norm = clipping.norm_of([record.work for record in self._records])
+        is_finite = math.isfinite(norm)
+        clip = clipping.coefficient(norm, max_norm)
+        if self._updater is not None:
+            if is_finite:
+                self._updating = True
+                updates = [
+                    self._updater.submit_reduced(bucket, clip, self._layout_of(bucket))
+                    for bucket in self._buckets
+                ]
+                for work in updates:
+                    work.wait()
+            else:
+                self._updater.skip()
+        elif is_finite:
+            clipping.scale_gradients(self._buckets, clip)
+        else:
+            for slot in self._slots:
+                slot.param.grad = None  # every optimizer leaves weight and momentum alone then
+        if self._current is not None:
+            self._current.grad_norm = norm if is_finite else None
+            self._current.add("update", start_s, _core.now_s())
 
     def _begin_anew(self) -> None:
         for bucket in self._buckets:
             bucket.reset()
         self._records = []
         self._next = 0
-        self._expects = False
+        self._expects = self._updating = False
 
     def _abandon_backward(self) -> None:
         """If the last backward raised before its end. Whether the other ranks' did too shows in the next collective:
@@ -348,6 +427,13 @@ class GradientAggregator:
             self._current = IterationRecord(self._count, now)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # Set by GradScaler for the call, also after unscale_(), which comes too late: backward has clipped.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if self._max_norm is not None and found_inf is not None and self._is_ours(optimizer):
+            raise UsageError(
+                "max_norm has clipped gradients that GradScaler had scaled; leave max_norm out, and call "
+                "scaler.unscale_(opt) and clip_grad_norm_ before scaler.step(opt)"
+            )
         self._step_start_s = _core.now_s()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -355,7 +441,9 @@ class GradientAggregator:
             return
         now = self._current.end_s = _core.now_s()
         self._current.add("update", self._step_start_s, now)
-        self._last, self._current = self._current, None
+        self._last, self._current = self._current.finished(), None
+        if self._trace is not None:
+            self._trace.add(self._last)
 
     def _check_open(self) -> None:
         if self._closed:

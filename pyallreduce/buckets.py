@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import zlib
 from dataclasses import dataclass, field
 
@@ -74,6 +75,10 @@ class Bucket:
         for slot in self.slots:
             slot.grad = view_of(self.flat, slot)
             slot.address = slot.grad.data_ptr()
+
+    def slot_at(self, element: int) -> Slot:
+        """The parameter that ``flat[element]`` belongs to."""
+        return self.slots[bisect.bisect(self.slots, element, key=lambda slot: slot.begin) - 1]
 
     def announce_use(self) -> None:
         """Writes this rank's flags, and zeros where it has nothing to contribute.

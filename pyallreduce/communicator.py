@@ -156,9 +156,9 @@ class Communicator:
         The order of summation is the rank order; 16-bit floats are summed in float32 and rounded once; ``avg`` is the
         sum x 1/size before that rounding. ``async_op``: returns a Work at once; wait() it before using the tensor.
         """
-        span = span_of(tensor)
+        address, numel, dtype, layout = span_of(tensor)
         work = self.core.all_reduce(
-            span.address, span.numel, span.dtype, op_of(op, tensor.dtype), span.layout, async_op
+            address, numel, dtype, op_of(op, tensor.dtype), layout, async_op
         )
         return self._finish(work, tensor)
 
@@ -166,14 +166,20 @@ class Communicator:
         self, output: torch.Tensor, input: torch.Tensor, op: str = "sum", async_op: bool = False
     ) -> Work | None:
         """Shard ``rank`` of the reduction of all ranks' ``input`` goes to ``output``; input has size x its elements."""
-        to, source = self._two_spans(output, input)
-        if source.numel != self.size * to.numel:
+        to, source = self._two_addresses(output, input)
+        numel, needed = input.numel(), self.size * output.numel()
+        if numel != needed:
             raise UsageError(
-                f"input has {source.numel} elements, output {to.numel}; "
-                f"input needs size x output = {self.size * to.numel}"
+                f"input has {numel} elements, output {output.numel()}; "
+                f"input needs size x output = {needed}"
             )
         work = self.core.reduce_scatter(
-            to.address, source.address, to.numel, to.dtype, op_of(op, input.dtype), async_op
+            to,
+            source,
+            output.numel(),
+            DTYPES[input.dtype],
+            op_of(op, input.dtype),
+            async_op,
         )
         return self._finish(work, output, input)
 
@@ -181,25 +187,22 @@ class Communicator:
         self, output: torch.Tensor, input: torch.Tensor, async_op: bool = False
     ) -> Work | None:
         """Writes all ranks' ``input``, in rank order, to ``output``; output has size x its elements."""
-        to, source = self._two_spans(output, input)
-        if to.numel != self.size * source.numel:
+        to, source = self._two_addresses(output, input)
+        numel, needed = output.numel(), self.size * input.numel()
+        if numel != needed:
             raise UsageError(
-                f"output has {to.numel} elements, input {source.numel}; "
-                f"output needs size x input = {self.size * source.numel}"
+                f"output has {numel} elements, input {input.numel()}; "
+                f"output needs size x input = {needed}"
             )
-        work = self.core.all_gather(
-            to.address, source.address, source.numel, source.dtype, async_op
-        )
+        work = self.core.all_gather(to, source, input.numel(), DTYPES[input.dtype], async_op)
         return self._finish(work, output, input)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0, async_op: bool = False) -> Work | None:
         """Copies ``tensor`` of rank ``root`` to all ranks."""
-        span = span_of(tensor)
+        address, numel, dtype, layout = span_of(tensor)
         if not isinstance(root, int) or not 0 <= root < self.size:
             raise UsageError(f"root is {root!r}; a rank from 0 to {self.size - 1} is needed")
-        work = self.core.broadcast(
-            span.address, span.numel, span.dtype, root, span.layout, async_op
-        )
+        work = self.core.broadcast(address, numel, dtype, root, layout, async_op)
         return self._finish(work, tensor)
 
     def barrier(self) -> None:
@@ -232,9 +235,9 @@ class Communicator:
             self.closed = True
             self._core.close()
 
-    def _two_spans(self, output: torch.Tensor, input: torch.Tensor) -> tuple[Any, Any]:
-        to = span_of(output, "output", contiguous=True)
-        source = span_of(input, "input", contiguous=True)
+    def _two_addresses(self, output: torch.Tensor, input: torch.Tensor) -> tuple[int, int]:
+        to, *_ = span_of(output, "output", contiguous=True)
+        source, *_ = span_of(input, "input", contiguous=True)
         if output.dtype != input.dtype:
             raise UsageError(
                 f"output has dtype {output.dtype}, input {input.dtype}; they must agree"

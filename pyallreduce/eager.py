@@ -1,7 +1,7 @@
 """The eager update: a bucket's reduction and SGD step in one pass over memory, while backward still runs.
 
-Parameters move into symmetric memory, where every rank can write its share of the new values to all; the momentum is
-kept once per host, readable whole on every rank.
+Parameters move into symmetric memory, where every rank can write its share of the new values to all, or into one copy
+for all ranks of the host; the momentum is kept once per host, readable whole on every rank.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from pyallreduce.sgd import SGD, change_of_unit, momentum_lr_of, scalars_of
 class _Place:
     """Where a bucket's weights and momentum live, and the table that tells the core about its parameters."""
 
-    def __init__(self, bucket: Bucket, comm: Communicator, optimizer: SGD) -> None:
-        self.weights = comm.symmetric_empty(bucket.flags_begin, bucket.dtype)
+    def __init__(self, bucket: Bucket, comm: Communicator, optimizer: SGD, one_copy: bool) -> None:
+        self.weights = comm._allocate(bucket.flags_begin, bucket.dtype, one_copy)
         self.momentum = comm._allocate(bucket.flags_begin, bucket.dtype, one_copy=True)
         self.weight_views = [view_of(self.weights, slot) for slot in bucket.slots]
         self.momentum_views = [view_of(self.momentum, slot) for slot in bucket.slots]
         group_of = {
             param: g for g, group in enumerate(optimizer.param_groups) for param in group["params"]
         }
+        self.versions: list[int] = []  # of the parameters, as the last update or adoption left them
         self.plan = _core.UpdatePlan(
             [(slot.begin, slot.param.numel(), group_of[slot.param]) for slot in bucket.slots],
             bucket.flags_begin,
         )
+
+    def remember_versions(self, bucket: Bucket) -> None:
+        self.versions = [slot.param._version for slot in bucket.slots]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, buckets: list[Bucket]) -> SGD:
@@ -52,26 +56,44 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, buckets: list[Bucke
 
 
 class EagerUpdater:
-    """Collective construction, in bucket order. ``optimizer`` has passed ``check_optimizer``."""
+    """Collective construction, in bucket order. ``optimizer`` has passed ``check_optimizer``; ``scale`` is that of the
+    ranks' summed gradients. ``is_shared``: one copy of the parameters for all ranks of the host."""
 
-    def __init__(self, comm: Communicator, buckets: list[Bucket], optimizer: SGD) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        buckets: list[Bucket],
+        optimizer: SGD,
+        scale: float,
+        is_shared: bool,
+    ) -> None:
         self._comm, self._buckets, self._optimizer = comm, buckets, optimizer
-        self._places = [_Place(bucket, comm, optimizer) for bucket in buckets]
+        self._scale = scale
+        self.is_shared = is_shared
+        self._places = [_Place(bucket, comm, optimizer, is_shared) for bucket in buckets]
         self._updated = False  # since the last step()
         self._units: list[float] = []  # of each group's momentum after the last update
         self.gradients_are_zero = False  # a pass has consumed them, and nothing came since
         optimizer._eager = self
-        for bucket in buckets:
-            self._adopt_weights(bucket)
+        self.adopt_weights()
         self.adopt_momentum()
 
-    def submit(self, bucket: Bucket, op: _core.Op, layout: int) -> _core.Work:
+    def submit(self, bucket: Bucket, layout: int) -> _core.Work:
         """Starts the bucket's one pass; the learning rates are those of now."""
-        self._adopt_weights(bucket)
+        return self._submit(bucket, self._scale, False, layout)
+
+    def submit_reduced(self, bucket: Bucket, clip: float, layout: int) -> _core.Work:
+        """Starts the second of two passes: gradients are reduced, to be multiplied by ``clip``."""
+        return self._submit(bucket, clip, True, layout)
+
+    def _submit(self, bucket: Bucket, scale: float, is_reduced: bool, layout: int) -> _core.Work:
+        if not self.is_shared:
+            self._adopt_weights(bucket)
         place, groups = self._places[bucket.index], self._optimizer.param_groups
         self._units = [momentum_lr_of(group) for group in groups]
         # From here on the weights may change under a graph that still holds them.
         increment_version([slot.param for slot in bucket.slots])
+        place.remember_versions(bucket)
         self._updated = True
         work = self._comm.core.update(
             place.plan,
@@ -81,11 +103,19 @@ class EagerUpdater:
             place.weights.data_ptr(),
             place.momentum.data_ptr() if any(group["momentum"] for group in groups) else 0,
             DTYPES[bucket.dtype],
-            op,
+            scale,
+            is_reduced,
             layout,
         )
         self._comm.keep_alive(work, bucket.flat, place.weights, place.momentum)
         return work
+
+    def skip(self) -> None:
+        """Ends a backward whose gradients are not finite: no weight or momentum changes, gradients become zero."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+        self._units = [group["momentum_lr"] for group in self._optimizer.param_groups]
+        self._updated = True
 
     def begin_backward(self) -> None:
         if self._updated:
@@ -120,17 +150,41 @@ class EagerUpdater:
                 state["momentum_buffer"] = view
 
     def detach(self) -> None:
-        """Gives the optimizer a momentum of this rank's own again."""
+        """Gives the optimizer a momentum, and with shared parameters the module weights, of this rank's own again."""
         for bucket in self._buckets:
             for slot in bucket.slots:
                 state = self._optimizer.state[slot.param]
                 state["momentum_buffer"] = state["momentum_buffer"].clone()
+                if self.is_shared:
+                    slot.param.data = slot.param.data.clone()
         self._optimizer._eager = None
 
+    def check_unwritten(self) -> None:
+        """UsageError if a shared parameter was written outside ``writing()``, by this rank's Python."""
+        for bucket, place in zip(self._buckets, self._places, strict=True):
+            for slot, view, version in zip(
+                bucket.slots, place.weight_views, place.versions, strict=True
+            ):
+                if slot.param._version != version or slot.param.data_ptr() != view.data_ptr():
+                    raise UsageError(
+                        f"{slot.name} was written outside the update; with share_parameters=True all ranks of the "
+                        "host see one copy: write in `with agg.writing():`"
+                    )
+
+    def adopt_weights(self) -> None:
+        """Parameters whose memory is not ours: at first, or after the user has assigned ``p.data``. Collective with
+        shared parameters."""
+        for bucket in self._buckets:
+            self._adopt_weights(bucket)
+        if self.is_shared:
+            self._comm.barrier()
+
     def _adopt_weights(self, bucket: Bucket) -> None:
-        """Parameters whose memory is not ours (at first, or after the user has assigned ``p.data``)."""
         place = self._places[bucket.index]
+        is_writer = not self.is_shared or self._comm.local_rank == 0
         for slot, view in zip(bucket.slots, place.weight_views, strict=True):
             if slot.param.data_ptr() != view.data_ptr():
-                view.copy_(slot.param.data)
+                if is_writer:
+                    view.copy_(slot.param.data)
                 slot.param.data = view
+        place.remember_versions(bucket)

@@ -3,37 +3,105 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyallreduce import _core
 
 Interval = tuple[float, float]
+COMPUTE = ("forward", "backward", "update")  # phases in which the training thread computes
+
+
+@dataclass(frozen=True)
+class BucketTimes:
+    """When one bucket went through its stations; seconds of ``_core.now_s``."""
+
+    index: int
+    nbytes: int
+    params: list[str]
+    ready_s: float  # its last gradient was written
+    enqueued_s: float
+    start_s: float
+    end_s: float
+    used_s: float  # the training thread first wanted the result
+    arrivals_s: list[float]  # [size]: when each rank came to the collective; empty if unknown
+
+
+class NonFinite(NamedTuple):
+    """Where the aggregated gradients first held inf or NaN, in the order of buckets and of gradients in them."""
+
+    rank: int | None  # whose gradient it was; None: every rank's is finite, their sum is not
+    parameter: str
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What happened from the first forward to the return of ``step()``, on one rank."""
+
+    number: int
+    start_s: float
+    end_s: float
+    phases: list[tuple[str, float, float]]  # name, start, end
+    buckets: list[BucketTimes]
+    nonfinite: NonFinite | None = None
+    grad_norm: float | None = None
 
 
 @dataclass
 class BucketRecord:
-    """When one bucket went through its stations; seconds of ``_core.now_s``."""
+    """A bucket whose collective has been submitted."""
 
     index: int
     nbytes: int
     params: list[str]
     ready_s: float
     work: _core.Work
-    used_s: float = 0.0  # when the training thread first wanted the result
+    used_s: float = 0.0
+
+    def finished(self) -> BucketTimes:
+        """Valid once the work is done."""
+        enqueued_s, start_s, end_s, arrivals_s = self.work.times()
+        return BucketTimes(
+            self.index,
+            self.nbytes,
+            self.params,
+            self.ready_s,
+            enqueued_s,
+            start_s,
+            end_s,
+            self.used_s,
+            arrivals_s,
+        )
 
 
 @dataclass
 class IterationRecord:
-    """What happened from the first forward to the return of ``step()``, on one rank."""
+    """An iteration that is still running."""
 
     iteration: int
     start_s: float
     end_s: float = 0.0
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     buckets: list[BucketRecord] = field(default_factory=list)
+    nonfinite: NonFinite | None = None
+    grad_norm: float | None = (
+        None  # before clipping, over all parameters; None unless measured and finite
+    )
 
     def add(self, phase: str, start_s: float, end_s: float) -> None:
         self.phases.append((phase, start_s, end_s))
+
+    def finished(self) -> Iteration:
+        """Valid once the works of all buckets are done."""
+        buckets = [bucket.finished() for bucket in self.buckets]
+        return Iteration(
+            self.iteration,
+            self.start_s,
+            self.end_s,
+            self.phases,
+            buckets,
+            self.nonfinite,
+            self.grad_norm,
+        )
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
@@ -56,50 +124,67 @@ def intersection(a: list[Interval], b: list[Interval]) -> list[Interval]:
     return union([(max(s, t), min(e, f)) for s, e in a for t, f in b])
 
 
-def summarise(record: IterationRecord | None, size: int) -> dict[str, Any]:
+def difference(a: list[Interval], b: list[Interval]) -> list[Interval]:
+    """What of ``a`` lies outside ``b``; both as ``union`` returns them."""
+    ends = [float("-inf"), *(time for interval in b for time in interval), float("inf")]
+    return intersection(a, list(zip(ends[::2], ends[1::2], strict=True)))
+
+
+def computing(iteration: Iteration) -> list[Interval]:
+    """C: union of forward, backward and update."""
+    return union([(start, end) for name, start, end in iteration.phases if name in COMPUTE])
+
+
+def communicating(iteration: Iteration, size: int) -> list[Interval]:
+    """M: union over the buckets of [start, end] of their collective; empty for one rank, who sends nothing."""
+    return union([(b.start_s, b.end_s) for b in iteration.buckets]) if size > 1 else []
+
+
+def skew(iteration: Iteration, size: int) -> list[float]:
+    """[r]: seconds that rank r waited for the last rank to come, over all buckets. The straggler has the least."""
+    rows = [bucket.arrivals_s for bucket in iteration.buckets if bucket.arrivals_s]
+    return [sum(max(row) - row[r] for row in rows) for r in range(size)]
+
+
+def summarise(iteration: Iteration | None, size: int) -> dict[str, Any]:
     """The report of one iteration; see GradientAggregator.report.
 
-    C: union of forward, backward and update; M: union over buckets of [start, end] of their collective.
-    comm_busy_s = |M|, exposed_comm_s = |M minus C|, overlap_ratio = |M and C| / |M|, None if |M| is 0 (size 1).
-    skew_s[r]: how much earlier than the last rank r arrived, mean over the buckets; the slowest has the least.
+    With C and M as above: compute_s = |C|, comm_busy_s = |M|, exposed_comm_s = |M minus C|, overlap_ratio = |M and C|
+    / |M| (None if |M| is 0), and idle_s is the rest: window_s = compute_s + exposed_comm_s + idle_s.
     """
-    if record is None:
-        record = IterationRecord(iteration=0, start_s=0.0)
-    zero = record.start_s
-    busy = union(
-        [(s, e) for name, s, e in record.phases if name in ("forward", "backward", "update")]
-    )
-    times = [bucket.work.times() for bucket in record.buckets]
-    comm = union([(start, end) for _, start, end, _ in times]) if size > 1 else []
-    hidden = length(intersection(comm, busy))
-    lateness = [[max(arrivals) - t for t in arrivals] for *_, arrivals in times]
-    skew = [
-        sum(row[r] for row in lateness) / len(lateness) if lateness else 0.0 for r in range(size)
-    ]
+    if iteration is None:
+        iteration = Iteration(number=0, start_s=0.0, end_s=0.0, phases=[], buckets=[])
+    zero = iteration.start_s
+    compute, comm = computing(iteration), communicating(iteration, size)
+    busy_s, hidden_s = length(comm), length(intersection(comm, compute))
+    skew_s = skew(iteration, size)
     return {
-        "iteration": record.iteration,
-        "window_s": record.end_s - zero,
-        "compute_s": length(busy),
-        "comm_busy_s": length(comm),
-        "exposed_comm_s": length(comm) - hidden,
-        "overlap_ratio": hidden / length(comm) if comm else None,
-        "skew_s": skew,
-        "slowest_rank": skew.index(min(skew)),
+        "iteration": iteration.number,
+        "window_s": iteration.end_s - zero,
+        "compute_s": length(compute),
+        "comm_busy_s": busy_s,
+        "exposed_comm_s": busy_s - hidden_s,
+        "overlap_ratio": hidden_s / busy_s if comm else None,
+        "idle_s": iteration.end_s - zero - length(union(compute + comm)),
+        "skew_s": skew_s,
+        "slowest_rank": skew_s.index(min(skew_s)),
         "buckets": [
             {
                 "index": bucket.index,
                 "bytes": bucket.nbytes,
                 "params": bucket.params,
                 "ready_s": bucket.ready_s - zero,
-                "enqueued_s": enqueued - zero,
-                "start_s": start - zero,
-                "end_s": end - zero,
+                "enqueued_s": bucket.enqueued_s - zero,
+                "start_s": bucket.start_s - zero,
+                "end_s": bucket.end_s - zero,
                 "used_s": bucket.used_s - zero,
             }
-            for bucket, (enqueued, start, end, _) in zip(record.buckets, times, strict=True)
+            for bucket in iteration.buckets
         ],
         "phases": [
             {"name": name, "start_s": start - zero, "end_s": end - zero}
-            for name, start, end in record.phases
+            for name, start, end in iteration.phases
         ],
+        "nonfinite": iteration.nonfinite and iteration.nonfinite._asdict(),
+        "grad_norm": iteration.grad_norm,
     }

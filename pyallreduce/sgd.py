@@ -139,8 +139,10 @@ class SGD(torch.optim.Optimizer):
             self._eager.close_update()
         elif found_inf is None or float(found_inf) == 0:
             scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-            for group, work in [(g, self._gather(g)) for g in self.param_groups]:  # checks first
-                self._update(group, work, scale)
+            gathered = [(group, self._gather(group)) for group in self.param_groups]  # checks first
+            if any(triples for _, triples in gathered):  # else momentum keeps its unit too
+                for group, triples in gathered:
+                    self._update(group, triples, scale)
         return loss
 
     def _gather(self, group: dict[str, Any]) -> list[_Triple]:

@@ -2,7 +2,7 @@
 
 Ranks are processes. All cases of one size share one start of them; each has a communicator of its own, so
 that one that fails leaves the others alone. Equality with the reference is within 1e-12 (another order of
-summation), between ranks and between update="step" and "eager" it is bitwise.
+summation), between ranks and between update="step", "eager" and "eager" with shared parameters it is bitwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import traceback
@@ -34,6 +35,11 @@ STEPS = 6
 MOMENTUM = 0.9
 DECAY = 1e-2
 DTYPE_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
+UPDATES: dict[str, dict[str, Any]] = {
+    "step": {"update": "step"},
+    "eager": {"update": "eager"},
+    "shared": {"update": "eager", "share_parameters": True},
+}
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -163,7 +169,10 @@ class Case:
     bucket_bytes: int | None = 200
     always_sync: bool = False
     create_graph: bool = False
-    updates: tuple[str, ...] = ("step", "eager")
+    updates: tuple[str, ...] = tuple(UPDATES)
+    max_norm: float | None = None
+    form: str = "reference"
+    bound: float = 0.0  # of the relative error of all, where coarse types reach the fine ones
 
 
 def batch(rank: int, t: int, *shape: int) -> Tensor:
@@ -247,14 +256,31 @@ CASES = {
     "create_graph": Case(Mlp, plain, create_graph=True),
     "checkpoint": Case(functools.partial(Checkpointed, False), checkpointed),
     "reentrant checkpoint": Case(functools.partial(Checkpointed, True), checkpointed),
+    "absorbed": Case(Branches, on_some_ranks, form="absorbed"),
+    "max_norm, always": Case(Mlp, plain, max_norm=0.01),
+    "max_norm, never": Case(Mlp, plain, max_norm=100.0),
+    "max_norm, at times": Case(Mlp, plain, max_norm=0.25, bucket_bytes=None),
+    "max_norm, zeros": Case(Mlp, plain, max_norm=0.25, zero="zeros"),
+    "max_norm, tied weights": Case(Tied, plain, max_norm=0.1),
+    "max_norm, unused on some ranks": Case(Branches, on_some_ranks, max_norm=0.1),
+    "max_norm, accumulation": Case(Branches, accumulated, max_norm=0.3),
+    "max_norm, accumulation, absorbed": Case(
+        Branches, accumulated, max_norm=0.3, form="absorbed", zero="zeros"
+    ),
+    "max_norm, channels_last": Case(channels_last, images, max_norm=0.05),
+    "max_norm, several dtypes": Case(
+        Mixed, plain, max_norm=0.05, bound=DTYPE_BOUNDS[torch.bfloat16]
+    ),
+    "max_norm, zero elements": Case(Empty, plain, max_norm=0.1, bucket_bytes=1),
 }
 
 
 @dataclass
 class Trained:
     weights: dict[str, Tensor]
-    momentum: dict[str, Tensor]
+    momentum: dict[str, Tensor]  # as that of the reference form
     without_gradient: list[list[str]]  # names of parameters, per iteration
+    norms: list[float | None]  # of the gradients before clipping, per iteration; None: no max_norm
 
 
 def make(case: Case, seed: int) -> nn.Module:
@@ -284,19 +310,24 @@ def zero_grad(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def trained(
-    model: nn.Module, optimizer: torch.optim.Optimizer, without: list[list[str]]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    without: list[list[str]],
+    norms: list[float | None],
 ) -> Trained:
     state = optimizer.state_dict()
-    order = [p for group in optimizer.param_groups for p in group["params"]]
+    order = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     buffers = {
         p: state["state"].get(i, {}).get("momentum_buffer", torch.zeros_like(p))
-        for i, p in enumerate(order)
+        / (group.get("momentum_lr") or 1.0)
+        for i, (p, group) in enumerate(order)
     }
     named = dict(model.named_parameters())
     return Trained(
         {name: p.detach().clone() for name, p in named.items()},
-        {name: buffers[p].clone() for name, p in named.items() if p.requires_grad},
+        {name: buffers[p] for name, p in named.items() if p.requires_grad},
         without,
+        norms,
     )
 
 
@@ -304,11 +335,17 @@ def train(
     comm: par.Communicator, case: Case, update: str = "step", op: str = "avg", steps: int = STEPS
 ) -> Trained:
     model = make(case, comm.rank)
-    optimizer = par.SGD(groups_of(model), lr=0.1, momentum=MOMENTUM)
+    optimizer = par.SGD(groups_of(model), lr=0.1, momentum=MOMENTUM, form=case.form)
     aggregator = par.GradientAggregator(
-        model, comm, op=op, bucket_bytes=case.bucket_bytes, optimizer=optimizer, update=update
+        model,
+        comm,
+        op=op,
+        bucket_bytes=case.bucket_bytes,
+        optimizer=optimizer,
+        max_norm=case.max_norm,
+        **UPDATES[update],
     )
-    without = []
+    without, norms = [], []
     for t in range(steps):
         set_lr(optimizer, t)
         *early, last = case.micros(model, comm.rank, t)
@@ -320,9 +357,10 @@ def train(
         if case.edit:
             case.edit(model, t)
         optimizer.step()
+        norms.append(aggregator.report()["grad_norm"])
         zero_grad(case, model, optimizer)
     assert not aggregator.torn
-    result = trained(model, optimizer, without)
+    result = trained(model, optimizer, without, norms)
     aggregator.close()
     return result
 
@@ -337,19 +375,26 @@ def reference(name: str, size: int) -> Trained:
     case = CASES[name]
     model = make(case, 0)
     optimizer = torch.optim.SGD(groups_of(model), lr=0.1, momentum=MOMENTUM, nesterov=True)
-    without = []
+    without, norms = [], []
     for t in range(STEPS):
         set_lr(optimizer, t)
         for rank in range(size):
             for micro in case.micros(model, rank, t):
                 (micro() / size).backward()
         without.append([n for n, p in model.named_parameters() if p.grad is None])
+        norms.append(clip(model, case.max_norm))
         if case.edit:
             case.edit(model, t)
         optimizer.step()
         if case.zero != "never":
             optimizer.zero_grad()
-    return trained(model, optimizer, without)
+    return trained(model, optimizer, without, norms)
+
+
+def clip(model: nn.Module, max_norm: float | None) -> float | None:
+    if max_norm is None:
+        return None
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
 
 
 # --- cases that are not a training run: each asserts on its ranks --------------------------------
@@ -384,9 +429,8 @@ def attach(
     if model is None:
         model = make(CASES["plain"], comm.rank)
     optimizer = par.SGD(groups_of(model), lr=0.05, momentum=MOMENTUM)
-    options = {"bucket_bytes": 200, **options}
-    aggregator = par.GradientAggregator(model, comm, optimizer=optimizer, update=update, **options)
-    return model, optimizer, aggregator
+    options = {"bucket_bytes": 200, **UPDATES[update], **options}
+    return model, optimizer, par.GradientAggregator(model, comm, optimizer=optimizer, **options)
 
 
 def loss_of(model: nn.Module, rank: int, t: int = 0) -> Tensor:
@@ -454,6 +498,15 @@ def buffers_come_from_rank_0_and_then_are_local(comm: par.Communicator) -> None:
     aggregator.close()
 
 
+def load(
+    model: nn.Module, optimizer: par.SGD, aggregator: par.GradientAggregator, saved: Any
+) -> None:
+    with aggregator.writing() as is_writer:
+        if is_writer:
+            model.load_state_dict(saved[0])
+    optimizer.load_state_dict(copy.deepcopy(saved[1]))  # torch keeps its tensors
+
+
 def checkpoint_load(comm: par.Communicator, update: str, other: str) -> None:
     model, optimizer, aggregator = attach(comm, update)
     for t in range(3):
@@ -462,8 +515,7 @@ def checkpoint_load(comm: par.Communicator, update: str, other: str) -> None:
     for t in range(3, 6):
         iterate(model, optimizer, comm.rank, t)
     final = digest([weights_of(model)])
-    model.load_state_dict(saved[0])
-    optimizer.load_state_dict(copy.deepcopy(saved[1]))  # torch keeps its tensors
+    load(model, optimizer, aggregator, saved)
     for t in range(3, 6):
         iterate(model, optimizer, comm.rank, t)
     assert digest([weights_of(model)]) == final
@@ -471,8 +523,7 @@ def checkpoint_load(comm: par.Communicator, update: str, other: str) -> None:
     # Into fresh objects, under the other kind of update.
     model, optimizer, aggregator = attach(comm, other)
     iterate(model, optimizer, comm.rank, 77)
-    model.load_state_dict(saved[0])
-    optimizer.load_state_dict(copy.deepcopy(saved[1]))  # torch keeps its tensors
+    load(model, optimizer, aggregator, saved)
     for t in range(3, 6):
         iterate(model, optimizer, comm.rank, t)
     assert digest([weights_of(model)]) == final
@@ -485,42 +536,63 @@ def checkpoint_after_attaching_step(comm: par.Communicator) -> None:
 
 
 @check
+def checkpoint_after_attaching_shared(comm: par.Communicator) -> None:
+    checkpoint_load(comm, "shared", "step")
+
+
+@check
 def checkpoint_after_attaching_eager(comm: par.Communicator) -> None:
-    checkpoint_load(comm, "eager", "step")
+    checkpoint_load(comm, "eager", "shared")
+
+
+@check
+def state_is_loaded_outside_of_writing_where_every_rank_has_its_own(comm: par.Communicator) -> None:
+    for update in ("step", "eager"):
+        model, optimizer, aggregator = attach(comm, update)
+        iterate(model, optimizer, comm.rank, 0)
+        saved = copy.deepcopy(model.state_dict())
+        iterate(model, optimizer, comm.rank, 1)
+        model.load_state_dict(saved)
+        assert torch.equal(weights_of(model), torch.cat([v.flatten() for v in saved.values()]))
+        iterate(model, optimizer, comm.rank, 2)
+        rows = gathered(comm, weights_of(model))
+        assert (rows == rows[0]).all()
+        aggregator.close()
 
 
 @check
 def optimizer_with_a_history_can_be_attached(comm: par.Communicator) -> None:
-    digests = []
-    for update in ("step", "eager"):
+    digests = set()
+    for options in UPDATES.values():
         model = make(CASES["plain"], 0)
         optimizer = par.SGD(groups_of(model), lr=0.05, momentum=MOMENTUM)
         iterate(model, optimizer, 0, 50)
-        aggregator = par.GradientAggregator(model, comm, optimizer=optimizer, update=update)
+        aggregator = par.GradientAggregator(model, comm, optimizer=optimizer, **options)
         iterate(model, optimizer, comm.rank, 0)
-        digests.append(digest([weights_of(model)]))
+        digests.add(digest([weights_of(model)]))
         aggregator.close()
-    assert digests[0] == digests[1]
+    assert len(digests) == 1
 
 
 @check
 def assigned_parameter_memory_is_adopted(comm: par.Communicator) -> None:
-    digests = []
-    for update in ("step", "eager"):
+    digests = set()
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         iterate(model, optimizer, comm.rank, 0)
-        for p in model.parameters():
-            p.data = p.data * 0.5
+        with aggregator.writing() if update == "shared" else contextlib.nullcontext():
+            for p in model.parameters():
+                p.data = p.data * 0.5
         for t in (1, 2):
             iterate(model, optimizer, comm.rank, t)
-        digests.append(digest([weights_of(model)]))
+        digests.add(digest([weights_of(model)]))
         aggregator.close()
-    assert digests[0] == digests[1]
+    assert len(digests) == 1
 
 
 @check
 def synchronize_completes_a_rank_without_backward(comm: par.Communicator) -> None:
-    for update in ("step", "eager"):
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         lazy = comm.size - 1
         start = weights_of(model)
@@ -551,20 +623,29 @@ def synchronize_completes_a_rank_without_backward(comm: par.Communicator) -> Non
 
 
 @check
-def close_gives_momentum_back(comm: par.Communicator) -> None:
-    model, optimizer, aggregator = attach(comm, "eager")
+def close_gives_every_rank_weights_and_momentum_of_its_own(comm: par.Communicator) -> None:
+    for update in ("eager", "shared"):
+        close_and_go_on_alone(comm, update)
+
+
+def close_and_go_on_alone(comm: par.Communicator, update: str) -> None:
+    model, optimizer, aggregator = attach(comm, update)
     iterate(model, optimizer, comm.rank, 0)
+    shared = model[0].weight.data, optimizer.state[model[0].weight]["momentum_buffer"]
     aggregator.close()
     aggregator.close()
-    before = copy.deepcopy(optimizer.state_dict()["state"])
+    before = weights_of(model), copy.deepcopy(optimizer.state_dict()["state"])
     comm.barrier()
     if comm.rank == 0:
+        for tensor in (*shared, *model.parameters()):
+            tensor.detach().fill_(1e9)
         for state in optimizer.state.values():
             state["momentum_buffer"].fill_(1e9)
     comm.barrier()
     if comm.rank != 0:
+        assert torch.equal(weights_of(model), before[0])
         for i, state in optimizer.state_dict()["state"].items():
-            assert torch.equal(state["momentum_buffer"], before[i]["momentum_buffer"])
+            assert torch.equal(state["momentum_buffer"], before[1][i]["momentum_buffer"])
     optimizer.zero_grad()
     loss_of(model, comm.rank, 1).backward()  # local from now on
     rows = gathered(comm, gradients(model))
@@ -575,12 +656,96 @@ def close_gives_momentum_back(comm: par.Communicator) -> None:
     with pytest.raises(par.UsageError, match="closed"):
         aggregator.synchronize()
     aggregator.report()
-    iterate(*attach(comm, "eager", model=model)[:2], comm.rank, 2)  # and attaches again
+    iterate(*attach(comm, update, model=model)[:2], comm.rank, 2)  # and attaches again
+
+
+@check
+def shared_parameters_are_one_copy(comm: par.Communicator) -> None:
+    for update in UPDATES:
+        model, optimizer, aggregator = attach(comm, update)
+        iterate(model, optimizer, comm.rank, 0)
+        comm.barrier()
+        if comm.rank == 0:
+            for p in model.parameters():
+                p.data.fill_(7)  # behind the back of the version counters
+        comm.barrier()
+        assert (weights_of(model) == 7).all() == (update == "shared" or comm.rank == 0)
+        aggregator.close()
+
+
+@check
+def one_rank_of_the_host_writes_shared_parameters(comm: par.Communicator) -> None:
+    for update in UPDATES:
+        model, optimizer, aggregator = attach(comm, update)
+        iterate(model, optimizer, comm.rank, 0)
+        with aggregator.writing() as is_writer, torch.no_grad():
+            if is_writer:
+                for p in model.parameters():
+                    p.fill_(comm.rank + 3)
+        writers = gathered(comm, torch.tensor([is_writer])).flatten().nonzero().flatten().tolist()
+        if update == "shared":
+            (writer,) = writers
+            assert (weights_of(model) == writer + 3).all()
+        else:
+            assert writers == [*range(comm.size)]
+            assert (weights_of(model) == comm.rank + 3).all()
+        aggregator.close()
+
+
+def assign(model: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.data = state[name].clone()
+
+
+@check
+def shared_parameters_can_be_written_by_one_or_by_all(comm: par.Communicator) -> None:
+    """To the bits of ranks that have parameters of their own."""
+    writers = [("step", True, assign)]
+    writers += itertools.product(["shared"], [False, True], [assign, nn.Module.load_state_dict])
+    state = make(CASES["plain"], 5).state_dict()
+    digests = set()
+    for update, by_all, write in writers:
+        model, optimizer, aggregator = attach(comm, update)
+        iterate(model, optimizer, comm.rank, 0)
+        with aggregator.writing() as is_writer:
+            if by_all or is_writer:
+                write(model, state)
+        assert torch.equal(weights_of(model), torch.cat([v.flatten() for v in state.values()]))
+        iterate(model, optimizer, comm.rank, 1)
+        digests.add(digest([weights_of(model)]))
+        aggregator.close()
+    assert len(digests) == 1
+
+
+@check
+def other_writes_to_shared_parameters_are_refused(comm: par.Communicator) -> None:
+    state = make(CASES["plain"], 5).state_dict()
+    writes: list[tuple[str, Callable[[nn.Module], Any]]] = [
+        ("2.weight", lambda m: m[2].weight.mul_(2)),
+        ("0.bias", lambda m: setattr(m[0].bias, "data", m[0].bias.data.clone())),
+        ("4.bias", lambda m: m.load_state_dict(state)),  # the first of its bucket, of all that are
+    ]
+    for name, write in writes:
+        model, optimizer, aggregator = attach(comm, "shared")
+        for t in range(2):
+            iterate(model, optimizer, comm.rank, t)
+            with torch.no_grad():
+                write(model)
+            for _ in range(2):
+                with pytest.raises(par.UsageError, match=rf"{name} was written.*writing\(\)"):
+                    model(batch(comm.rank, t, 4, 6))
+            with aggregator.writing():
+                pass
+            iterate(model, optimizer, comm.rank, t + 10)
+        rows = gathered(comm, weights_of(model))
+        assert (rows == rows[0]).all()
+        assert not aggregator.torn
+        aggregator.close()
 
 
 @check
 def version_counters_are_bumped(comm: par.Communicator) -> None:
-    for update in ("step", "eager"):
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         stale = loss_of(model, comm.rank, 1)
         optimizer.zero_grad(set_to_none=False)
@@ -621,7 +786,7 @@ def gradient_dropped_after_no_sync_is_gone(comm: par.Communicator) -> None:
 
 @check
 def autograd_grad_aggregates_nothing(comm: par.Communicator) -> None:
-    for update in ("step", "eager"):
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         x = batch(comm.rank, 0, 4, 6).requires_grad_()
         if comm.rank == 0:  # no collective, so that the others need not do it
@@ -657,9 +822,12 @@ def second_backward_of_an_eager_iteration_is_refused(comm: par.Communicator) -> 
 
 @check
 def zero_grad_is_optional_with_eager(comm: par.Communicator) -> None:
-    kinds = ("none", "zeros", "module", "never")
-    results = [train(comm, replace(CASES["accumulation"], zero=kind), "eager") for kind in kinds]
-    assert len({digest(list(r.weights.values())) for r in results}) == 1
+    for max_norm in (None, 0.3):
+        results = [
+            train(comm, replace(CASES["accumulation"], zero=kind, max_norm=max_norm), "eager")
+            for kind in ("none", "zeros", "module", "never")
+        ]
+        assert len({digest(list(r.weights.values())) for r in results}) == 1
 
 
 class Oops(Exception):
@@ -672,7 +840,7 @@ def fail(*_: Any) -> None:
 
 @check
 def exception_in_forward_leaves_everything_usable(comm: par.Communicator) -> None:
-    for update in ("step", "eager"):
+    for update in UPDATES:
         digests = []
         for failing in (False, True):
             model, optimizer, aggregator = attach(comm, update)
@@ -732,7 +900,12 @@ def backward_after_a_failed_one_without_forward_is_aggregated(comm: par.Communic
 
 @check
 def exception_in_eager_backward_tears(comm: par.Communicator) -> None:
-    model, optimizer, aggregator = attach(comm, "eager", bucket_bytes=1)
+    for update in ("eager", "shared"):
+        tear(comm, update)
+
+
+def tear(comm: par.Communicator, update: str) -> None:
+    model, optimizer, aggregator = attach(comm, update, bucket_bytes=1)
     handle = model[0].weight.register_hook(fail)
     with pytest.raises(Oops):
         loss_of(model, comm.rank).backward()
@@ -838,6 +1011,9 @@ def modules_that_differ_are_a_mismatch_everywhere(comm: par.Communicator) -> Non
     expect("buckets", lambda c: attach(c, bucket_bytes=1 if mine_is_odd else 200))
     expect("op", lambda c: attach(c, op="sum" if mine_is_odd else "avg"))
     expect("update", lambda c: attach(c, "eager" if mine_is_odd else "step"))
+    expect("shared", lambda c: attach(c, "shared" if mine_is_odd else "eager"))
+    expect("max_norm", lambda c: attach(c, max_norm=2.0 if mine_is_odd else 1.0))
+    expect("no max_norm", lambda c: attach(c, "eager", max_norm=None if mine_is_odd else 1.0))
 
     def other_rate(fresh: par.Communicator) -> None:
         model, optimizer, _ = attach(fresh, "eager")
@@ -860,9 +1036,8 @@ def wrong_arguments_are_usage_errors(comm: par.Communicator) -> None:
         ("bucket_bytes", {"bucket_bytes": 2.5}),
         ("update", {"update": "lazy"}),
         ("share_parameters", {"share_parameters": True}),
-        ("share_parameters", {"share_parameters": True, "update": "eager", "optimizer": sgd}),
-        ("max_norm", {"max_norm": 1.0}),
-        ("max_norm", {"max_norm": 0.0}),
+        ("share_parameters", {"share_parameters": True, "optimizer": sgd}),
+        *(("max_norm", {"max_norm": x}) for x in (0, -1.0, math.inf, math.nan, "x", "1")),
         ("wire_dtype", {"wire_dtype": torch.bfloat16}),
         ("SGD", {"update": "eager"}),
         ("SGD", {"update": "eager", "optimizer": torch.optim.SGD(parameters, lr=0.1)}),
@@ -919,6 +1094,7 @@ def overflow_on_one_rank_is_skipped_by_all(comm: par.Communicator) -> None:
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(weights_of(model), before) == (t in (0, 2))
+        assert bool(optimizer.state_dict()["state"]) == (t > 0)  # nor momentum, in the first
         rows = gathered(comm, weights_of(model))
         assert (rows == rows[0]).all()
     aggregator.close()
@@ -926,7 +1102,7 @@ def overflow_on_one_rank_is_skipped_by_all(comm: par.Communicator) -> None:
 
 @check
 def copies_of_an_attached_module_are_on_their_own(comm: par.Communicator) -> None:
-    for update in ("step", "eager"):
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         iterate(model, optimizer, comm.rank, 0)
         stream = io.BytesIO()
@@ -941,6 +1117,8 @@ def copies_of_an_attached_module_are_on_their_own(comm: par.Communicator) -> Non
                 alone.load_state_dict(model.state_dict())
                 loss_of(alone, 0, 5).backward()
                 assert torch.equal(gradients(twin), gradients(alone))
+                twin[0].weight.data.fill_(1e9)
+                assert not (model[0].weight == 1e9).any()
         iterate(model, optimizer, comm.rank, 1)
         rows = gathered(comm, weights_of(model))
         assert (rows == rows[0]).all()
@@ -950,22 +1128,22 @@ def copies_of_an_attached_module_are_on_their_own(comm: par.Communicator) -> Non
 
 @check
 def absorbed_form_has_the_same_bits_eagerly(comm: par.Communicator) -> None:
-    digests = []
-    for update in ("step", "eager"):
+    digests = set()
+    for options in UPDATES.values():
         model = make(CASES["plain"], comm.rank)
         optimizer = par.SGD(groups_of(model), lr=0.05, form="absorbed")
         aggregator = par.GradientAggregator(
-            model, comm, bucket_bytes=200, optimizer=optimizer, update=update
+            model, comm, bucket_bytes=200, optimizer=optimizer, **options
         )
         for t in range(5):
             set_lr(optimizer, t)
             iterate(model, optimizer, comm.rank, t)
         state = optimizer.state_dict()
         momentum = [state["state"][i]["momentum_buffer"] for i in sorted(state["state"])]
-        digests.append(digest([weights_of(model), *momentum]))
+        digests.add(digest([weights_of(model), *momentum]))
         assert {group["momentum_lr"] for group in state["param_groups"]} == {0.05}
         aggregator.close()
-    assert digests[0] == digests[1]
+    assert len(digests) == 1
 
 
 @check
@@ -998,7 +1176,7 @@ def closures_and_other_optimizers(comm: par.Communicator) -> None:
         rows = gathered(comm, weights_of(model))
         assert (rows == rows[0]).all()
         aggregator.close()
-    for update in ("step", "eager"):
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         start = weights_of(model)
         loss = optimizer.step(lambda m=model: backward(loss_of(m, comm.rank)))
@@ -1058,7 +1236,7 @@ def inspect(report: dict[str, Any], size: int) -> None:
 
 @check
 def report_is_consistent_and_local(comm: par.Communicator) -> None:
-    for update in ("step", "eager"):
+    for update in UPDATES:
         model, optimizer, aggregator = attach(comm, update)
         empty = aggregator.report()
         assert (empty["iteration"], empty["buckets"], empty["overlap_ratio"]) == (0, [], None)
@@ -1134,7 +1312,7 @@ def parameter_inside_and_outside_of_a_reentrant_checkpoint(comm: par.Communicato
 
 # --- running them --------------------------------------------------------------------------------
 
-BOTH_OPS = ("plain", "accumulation", "reentrant checkpoint")
+BOTH_OPS = ("plain", "accumulation", "reentrant checkpoint", "max_norm, at times")
 RUNS = [
     (name, update, op)
     for name, case in CASES.items()
@@ -1188,6 +1366,7 @@ def result(size: int, key: Any) -> list[Any]:
 def test_equals_one_process(size: int, name: str, update: str, op: str) -> None:
     by_rank = result(size, (name, update, op))
     want = reference(name, size)
+    bounds = {dtype: max(bound, CASES[name].bound) for dtype, bound in DTYPE_BOUNDS.items()}
     for what in ("weights", "momentum"):
         for parameter, tensor in getattr(want, what).items():
             for mine in by_rank:
@@ -1195,18 +1374,23 @@ def test_equals_one_process(size: int, name: str, update: str, op: str) -> None:
                 assert torch.equal(got, getattr(by_rank[0], what)[parameter]), (what, parameter)
             if tensor.numel():
                 error = (got - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30)
-                assert error <= DTYPE_BOUNDS[tensor.dtype], (what, parameter)
+                assert error <= bounds[tensor.dtype], (what, parameter)
+    for mine in by_rank:
+        assert mine.norms == by_rank[0].norms
+        if mine.norms != want.norms:  # they are not None then
+            assert mine.norms == pytest.approx(want.norms, rel=bounds[torch.float64], abs=0)
     if update == "step":
         assert all(mine.without_gradient == want.without_gradient for mine in by_rank)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("name", "op"), [(n, op) for n, update, op in RUNS if update == "eager"])
-def test_eager_and_step_have_the_same_bits(size: int, name: str, op: str) -> None:
-    step, eager = (result(size, (name, update, op))[0] for update in ("step", "eager"))
-    for what in ("weights", "momentum"):
+def test_all_updates_have_the_same_bits(size: int, name: str, op: str) -> None:
+    step, *others = (result(size, (name, update, op))[0] for update in UPDATES)
+    for other, what in itertools.product(others, ("weights", "momentum")):
         for parameter, tensor in getattr(step, what).items():
-            assert torch.equal(tensor, getattr(eager, what)[parameter]), (what, parameter)
+            assert torch.equal(tensor, getattr(other, what)[parameter]), (what, parameter)
+        assert other.norms == step.norms
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -1223,14 +1407,19 @@ def test_reference_has_learned_and_left_parameters_alone() -> None:
     assert {"branches.4.weight", "branches.4.bias"} <= set(unused.without_gradient[0])
     assert "branches.3.weight" not in unused.without_gradient[1]
     assert (unused.momentum["branches.4.weight"] == 0).all()
+    for size in SIZES:
+        assert max(reference("max_norm, never", size).norms) < 100
+        assert min(reference("max_norm, always", size).norms) > 0.01
+        norms = reference("max_norm, at times", size).norms
+        assert min(norms) < 0.25 < max(norms)
 
 
 # --- a rank dies in the middle of backward -------------------------------------------------------
 
 
-def die_in_backward(rank: int, size: int, update: str) -> dict[str, Any]:
+def die_in_backward(rank: int, size: int, update: str, max_norm: float | None) -> dict[str, Any]:
     comm = par.init(timeout_s=20)
-    model, optimizer, aggregator = attach(comm, update, bucket_bytes=1)
+    model, optimizer, aggregator = attach(comm, update, bucket_bytes=1, max_norm=max_norm)
     for t in range(2):
         iterate(model, optimizer, rank, t)
     before = weights_of(model)
@@ -1247,16 +1436,20 @@ def die_in_backward(rank: int, size: int, update: str) -> dict[str, Any]:
     return {"peers": caught.value.peers, "torn": (torn, aggregator.torn), "unchanged": unchanged}
 
 
-@pytest.mark.parametrize("update", ["step", "eager"])
-def test_death_in_backward(update: str) -> None:
-    outcomes = outcomes_of(3, die_in_backward, update)
+@pytest.mark.parametrize(
+    ("update", "max_norm"),
+    [("step", None), ("eager", None), ("shared", None), ("eager", 1.0), ("shared", 1.0)],
+)
+def test_death_in_backward(update: str, max_norm: float | None) -> None:
+    outcomes = outcomes_of(3, die_in_backward, update, max_norm)
+    tears = update != "step" and max_norm is None  # the norm is not known before all are reduced
     assert outcomes[1].exitcode == -signal.SIGKILL
     for rank in (0, 2):
         assert outcomes[rank].error is None, outcomes[rank].trace
         value = outcomes[rank].value
         assert value["peers"] == (1,)
-        assert value["torn"] == ((True, True) if update == "eager" else (False, False))
-        assert value["unchanged"] or update == "eager"  # where it is a race what is updated
+        assert value["torn"] == (tears, tears)
+        assert value["unchanged"] or tears  # where it is a race what is updated
 
 
 def absorbed_momentum_of_an_unused_parameter(rank: int, n: int) -> list[torch.Tensor]:

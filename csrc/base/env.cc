@@ -35,6 +35,8 @@ constexpr Variable kVariables[] = {
      [](Env& env, std::string_view name, std::string_view text) {
        env.timeout_s = parse(name, text, 1e-3, 1e9);
      }},
+    {"PYALLREDUCE_TRACE",
+     [](Env& env, std::string_view, std::string_view text) { env.trace = text; }},
 };
 
 }  // namespace
@@ -48,7 +50,7 @@ Env read_env() {
     std::string names;
     for (const Variable& variable : kVariables) {
       if (variable.name == name) known = &variable;
-      names += " " + std::string(variable.name);
+      names.append(" ").append(variable.name);
     }
     if (!known)
       throw UsageError("unknown environment variable " + std::string(name) +

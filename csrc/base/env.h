@@ -14,6 +14,9 @@ struct Env {
   int port = 0;
   // PYALLREDUCE_TIMEOUT_S: default of init(timeout_s=...), seconds.
   double timeout_s = 60.0;
+  // PYALLREDUCE_TRACE: folder into which every rank's aggregators write their event record.
+  // Default: none is written.
+  std::string trace;
 };
 
 // Reads PYALLREDUCE_* anew. UsageError for an unknown name (it lists the known ones) and for a

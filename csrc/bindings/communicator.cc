@@ -39,13 +39,12 @@ class SignalCheck {
   std::optional<py::error_already_set> raised_;
 };
 
-// Ranks that outnumber the cores must not spin: they would delay the peer they wait for.
 Patience patience_for(int local_size) {
   cpu_set_t cores;
   const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
   const int count =
       known ? CPU_COUNT(&cores) : static_cast<int>(std::thread::hardware_concurrency());
-  return local_size <= count ? kSpinFirst : kSleepSoon;
+  return local_size <= count ? kSpinFirst : kYieldFirst;
 }
 
 class Communicator {
@@ -63,10 +62,13 @@ class Communicator {
 
   std::shared_ptr<Work> call(Engine::Task task, uint64_t layout, bool async) {
     if (async) return engine_->submit(std::move(task), layout);
-    SignalCheck().run([&](const std::function<void()>& on_slice) {
-      engine_->run(std::move(task), layout, on_slice);
-    });
+    SignalCheck().run(
+        [&](const std::function<void()>& on_slice) { engine_->run(task, layout, on_slice); });
     return nullptr;
+  }
+
+  std::shared_ptr<Work> submit(Engine::Task task, uint64_t layout, const Findings& wanted) {
+    return engine_->submit(std::move(task), layout, wanted);
   }
 
   std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy) {
@@ -140,9 +142,20 @@ void bind_communicator(py::module_& m) {
              }
            })
       .def("done", &Work::done)
-      .def("times", [](const Work& work) {
-        const Work::Times& times = work.times();
-        return py::make_tuple(times.enqueued_s, times.start_s, times.end_s, times.arrivals_s);
+      .def("times",
+           [](const Work& work) {
+             const Work::Times& times = work.times();
+             return py::make_tuple(times.enqueued_s, times.start_s, times.end_s, times.arrivals_s);
+           })
+      .def("findings", [](const Work& work) {
+        const Findings& f = work.findings();
+        py::object nonfinite = py::none();
+        if (f.has_nonfinite) {
+          const bool known = f.nonfinite_rank != Findings::kNoRank;
+          nonfinite =
+              py::make_tuple(known ? py::cast(f.nonfinite_rank) : py::none(), f.nonfinite_elem);
+        }
+        return py::make_tuple(f.sum_squares, nonfinite);
       });
 
   py::class_<Part>(m, "Part", py::buffer_protocol()).def_buffer([](Part& part) {
@@ -206,11 +219,19 @@ void bind_communicator(py::module_& m) {
            [](C& self, uint64_t layout) {
              self.call([](Group& group, const Call& call) { group.barrier(call); }, layout, false);
            })
+      .def("aggregate",
+           [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
+              size_t watched_elems, bool norm_is_wanted) {
+             const Span span{address(data), num_elems, dtype};
+             return self.submit(
+                 [=](Group& group, const Call& call) { group.all_reduce(span, op, call); }, layout,
+                 {.num_elems = watched_elems, .norm_is_wanted = norm_is_wanted});
+           })
       .def("update",
            [](C& self, const UpdatePlan& plan, const std::vector<GroupFactors>& groups,
               uintptr_t gradients, size_t num_elems, uintptr_t weights, uintptr_t momentum,
-              DType dtype, Op op, uint64_t layout) {
-             return self.call(
+              DType dtype, double scale, bool is_reduced, uint64_t layout) {
+             return self.submit(
                  [=, &group = self.group(), pieces = pieces_of(plan, groups),
                   flags_begin = plan.flags_begin](Group&, const Call& call) {
                    group.update({.gradients = {address(gradients), num_elems, dtype},
@@ -218,10 +239,11 @@ void bind_communicator(py::module_& m) {
                                  .momentum = address(momentum),
                                  .pieces = pieces,
                                  .flags_begin = flags_begin,
-                                 .op = op},
+                                 .is_reduced = is_reduced,
+                                 .scale = scale},
                                 call);
                  },
-                 layout, true);
+                 layout, {});
            })
       .def("allocate",
            [](C& self, size_t num_elems, DType dtype, bool one_copy) {

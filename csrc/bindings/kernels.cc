@@ -2,10 +2,12 @@
 #include "kernels/kernels.h"
 
 #include <cstdint>
+#include <optional>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -45,12 +47,28 @@ std::vector<void*> pointers(const std::vector<Address>& addresses) {
   return result;
 }
 
-void reduce_at(const std::vector<Address>& sources, const std::vector<Address>& destinations,
-               size_t num_elems, const std::string& dtype, const std::string& op, double scale,
-               const std::string& isa) {
+// (element, source or None if only the sum is not finite), or None.
+using Blame = std::optional<std::pair<size_t, std::optional<size_t>>>;
+
+Blame blame_of(const NonFinite& found) {
+  if (found.elem == NonFinite::kNone) return {};
+  if (found.source == NonFinite::kNone) return {{found.elem, {}}};
+  return {{found.elem, found.source}};
+}
+
+Blame reduce_at(const std::vector<Address>& sources, const std::vector<Address>& destinations,
+                size_t num_elems, const std::string& dtype, const std::string& op, double scale,
+                const std::string& isa) {
   const std::vector<void*> from = pointers(sources), to = pointers(destinations);
+  NonFinite nonfinite;
   reduce(dtype_named(dtype), op_named(op), scale,
-         {from.data(), from.size(), to.data(), to.size(), num_elems}, table_named(isa));
+         {from.data(), from.size(), to.data(), to.size(), num_elems, &nonfinite}, table_named(isa));
+  return blame_of(nonfinite);
+}
+
+double sum_squares_at(Address data, size_t num_elems, const std::string& dtype,
+                      const std::string& isa) {
+  return sum_squares(dtype_named(dtype), pointer(data), num_elems, table_named(isa));
 }
 
 void convert_at(const std::string& from, Address source, const std::string& to, Address destination,
@@ -59,13 +77,16 @@ void convert_at(const std::string& from, Address source, const std::string& to, 
           table_named(isa));
 }
 
-void sgd_at(const std::vector<Address>& gradients, const std::vector<Address>& weights,
-            Address momentum, size_t num_elems, const std::string& dtype, const SgdScalars& scalars,
-            double scale, bool zero_gradients, const std::string& isa) {
+Blame sgd_at(const std::vector<Address>& gradients, const std::vector<Address>& weights,
+             Address momentum, size_t num_elems, const std::string& dtype,
+             const SgdScalars& scalars, double scale, bool zero_gradients, const std::string& isa) {
   const std::vector<void*> g = pointers(gradients), w = pointers(weights);
+  NonFinite nonfinite;
   sgd(dtype_named(dtype), scalars, scale,
-      {g.data(), g.size(), w.data(), w.size(), pointer(momentum), num_elems, zero_gradients},
+      {g.data(), g.size(), w.data(), w.size(), pointer(momentum), num_elems, zero_gradients,
+       &nonfinite},
       table_named(isa));
+  return blame_of(nonfinite);
 }
 
 void sgd_many(const std::vector<SgdSpan>& spans, const std::string& dtype,
@@ -105,6 +126,8 @@ void bind_kernels(py::module_& m) {
   k.def("reduce", &reduce_at, ReleaseGil(), py::arg("sources"), py::arg("destinations"),
         py::arg("num_elems"), py::arg("dtype"), py::arg("op"), py::arg("scale") = 1.0,
         py::arg("isa") = "");
+  k.def("sum_squares", &sum_squares_at, ReleaseGil(), py::arg("data"), py::arg("num_elems"),
+        py::arg("dtype"), py::arg("isa") = "");
   k.def("convert", &convert_at, ReleaseGil(), py::arg("from_dtype"), py::arg("source"),
         py::arg("to_dtype"), py::arg("destination"), py::arg("num_elems"), py::arg("isa") = "");
   k.def("sgd", &sgd_at, ReleaseGil(), py::arg("gradients"), py::arg("weights"), py::arg("momentum"),

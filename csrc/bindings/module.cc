@@ -59,6 +59,7 @@ PYBIND11_MODULE(_core, m) {
     settings["isa"] = env.isa;
     settings["port"] = env.port;
     settings["timeout_s"] = env.timeout_s;
+    settings["trace"] = env.trace;
     return settings;
   });
   m.def("select_isa", &pyar::select_isa, py::arg("isa"),

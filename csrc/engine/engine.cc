@@ -47,10 +47,11 @@ void Engine::check_usable() const {
   if (closed_) throw UsageError("the communicator has been closed");
 }
 
-std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout) {
+std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout, const Findings& wanted) {
   auto work = std::make_shared<Work>();
   work->task_ = std::move(task);
   work->layout_ = layout;
+  work->findings_ = wanted;
   work->times_.enqueued_s = now_s();
   refuse_forked_child();  // before the lock, which the parent's worker may have held at the fork
   const std::lock_guard lock(mutex_);
@@ -62,42 +63,52 @@ std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout) {
   return work;
 }
 
-void Engine::run(Task task, uint64_t layout, const std::function<void()>& on_slice) {
+void Engine::run(const Task& task, uint64_t layout, const std::function<void()>& on_slice) {
   refuse_forked_child();
-  {
-    std::unique_lock lock(mutex_);
-    check_usable();
-    if (!busy_ && queue_.empty()) {
-      Work work;
-      work.task_ = std::move(task);
-      work.layout_ = layout;
-      work.sequence_ = ++sequence_;
-      busy_ = true;
-      lock.unlock();
-      execute(work, patience_, &on_slice);
-      lock.lock();
-      busy_ = false;
-      if (work.error_ && !first_error_) first_error_ = work.error_;
-      if (!queue_.empty() || closed_) changed_.notify_all();
-      lock.unlock();
-      if (work.error_) std::rethrow_exception(work.error_);
-      return;
-    }
+  if (!run_here(task, layout, on_slice)) {
+    const std::shared_ptr<Work> work = submit(task, layout);
+    while (!work->wait_for(kWatchSliceS)) on_slice();
   }
-  const std::shared_ptr<Work> work = submit(std::move(task), layout);
-  while (!work->wait_for(kWatchSliceS)) on_slice();
 }
 
-void Engine::execute(Work& work, Patience patience, const std::function<void()>* on_slice) {
+// False if the engine is not idle. No Work, no times: nobody would read them, and a small
+// collective lasts as long as a few looks at the clock.
+bool Engine::run_here(const Task& task, uint64_t layout, const std::function<void()>& on_slice) {
+  std::unique_lock lock(mutex_);
+  check_usable();
+  if (busy_ || !queue_.empty()) return false;
+  busy_ = true;
+  const uint64_t sequence = ++sequence_;
+  lock.unlock();
+  std::exception_ptr error;
+  try {
+    task(*group_, Call{.sequence = sequence,
+                       .layout = layout,
+                       .deadline = Deadline(timeout_s_),
+                       .patience = patience_,
+                       .on_slice = &on_slice});
+  } catch (...) {
+    error = std::current_exception();
+  }
+  lock.lock();
+  busy_ = false;
+  if (error && !first_error_) first_error_ = error;
+  if (!queue_.empty() || closed_) changed_.notify_all();
+  lock.unlock();
+  if (error) std::rethrow_exception(error);
+  return true;
+}
+
+void Engine::execute(Work& work) {
   work.times_.start_s = now_s();
   work.times_.arrivals_s.resize(static_cast<size_t>(group_->size()));
   try {
     work.task_(*group_, Call{.sequence = work.sequence_,
                              .layout = work.layout_,
                              .deadline = Deadline(timeout_s_),
-                             .patience = patience,
+                             .patience = kSleepSoon,
                              .arrivals_s = work.times_.arrivals_s.data(),
-                             .on_slice = on_slice});
+                             .findings = &work.findings_});
   } catch (...) {
     work.error_ = std::current_exception();
   }
@@ -117,7 +128,7 @@ void Engine::work_loop() {
       busy_ = true;
       if (first_error_) work->error_ = first_error_;
     }
-    if (!work->error_) execute(*work, kSleepSoon, nullptr);
+    if (!work->error_) execute(*work);
     {
       const std::lock_guard lock(mutex_);
       busy_ = false;

@@ -27,6 +27,17 @@ struct ConstSpan {
   size_t bytes() const { return num_elems * size_of(dtype); }
 };
 
+// What a reduction of floats notices on its way; equal on all ranks afterwards.
+struct Findings {
+  size_t num_elems = 0;          // in: look at the first num_elems only
+  bool norm_is_wanted = false;   // in
+  double sum_squares = 0;        // of the result, if wanted; in the order of the shards
+  bool has_nonfinite = false;    // the result holds inf or NaN
+  size_t nonfinite_elem = 0;     // the first of them
+  int nonfinite_rank = kNoRank;  // whose contribution it came with; kNoRank: only the sum overflows
+  static constexpr int kNoRank = -1;
+};
+
 // What a call carries besides its arguments.
 struct Call {
   uint64_t sequence;  // the how-manyeth collective of this communicator, from 1; equal on all ranks
@@ -35,6 +46,8 @@ struct Call {
   Patience patience;
   double* arrivals_s =
       nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
+  Findings* findings =
+      nullptr;  // or null; only SharedMemoryGroup looks, in all_reduce in place and update
   const std::function<void()>* on_slice = nullptr;  // runs every kWatchSliceS of a wait; may throw
 };
 

@@ -8,44 +8,64 @@
 namespace pyar {
 namespace {
 
-// Up to here every rank reduces everything by itself: one barrier instead of two or three, for size
-// times the reads.
-constexpr size_t kOnePhaseBytes = size_t{16} << 10;
+// Up to here every rank reduces everything by itself, out of slots: one barrier for size times the
+// reads. Ordinary tensors, which need three barriers else; 2 ranks, 32 KiB: 3.9 us against 6.9, 64
+// KiB: 7.6 against 6.5.
+constexpr size_t kOnePhaseBytes = size_t{32} << 10;
+// Symmetric memory needs two. 2 ranks, 4 KiB: 0.8 us against 0.5, but 4 ranks on 2 cores: 6
+// against 9.
+constexpr size_t kOnePhaseSymmetricBytes = size_t{4} << 10;
 
-// The shard of `rank`: whole cache lines, so that no line is written by two ranks.
+// memcpy wants valid pointers also for nothing.
+void copy(void* to, const void* from, size_t bytes) {
+  if (bytes) std::memcpy(to, from, bytes);
+}
+
+double scale_of(Op op, int size) { return op == Op::kAvg ? 1.0 / size : 1.0; }
+
+// reduce(), looking at what is wanted of the elements. `begin` is the place of the first in the
+// buffer. A norm is taken from tiles that are still in the second-level cache.
+Found reduce_watched(DType dtype, Op op, double scale, const ReduceSpans& spans, size_t begin,
+                     const Findings& wanted) {
+  constexpr size_t kTileBytes = size_t{64} << 10;
+  const size_t elem_bytes = size_of(dtype);
+  std::vector<const void*> sources(spans.num_sources);
+  std::vector<void*> destinations(spans.num_destinations);
+  const auto tile_at = [&](size_t at, size_t num_elems, NonFinite* nonfinite) {
+    for (size_t k = 0; k < sources.size(); ++k)
+      sources[k] = static_cast<const char*>(spans.sources[k]) + at * elem_bytes;
+    for (size_t k = 0; k < destinations.size(); ++k)
+      destinations[k] = static_cast<char*>(spans.destinations[k]) + at * elem_bytes;
+    return ReduceSpans{sources.data(),      sources.size(), destinations.data(),
+                       destinations.size(), num_elems,      nonfinite};
+  };
+
+  Found found;
+  const size_t watched = std::clamp(wanted.num_elems, begin, begin + spans.num_elems) - begin;
+  const size_t tile_elems = wanted.norm_is_wanted ? kTileBytes / elem_bytes : watched;
+  for (size_t at = 0, count; at < watched; at += count) {
+    count = std::min(tile_elems, watched - at);
+    NonFinite nonfinite;
+    const ReduceSpans tile = tile_at(at, count, &nonfinite);
+    reduce(dtype, op, scale, tile);
+    if (wanted.norm_is_wanted)
+      found.sum_squares +=
+          sum_squares(dtype, destinations.empty() ? sources[0] : destinations[0], count);
+    if (nonfinite.elem != NonFinite::kNone && found.nonfinite.elem == NonFinite::kNone)
+      found.nonfinite = {begin + at + nonfinite.elem, nonfinite.source};
+  }
+  reduce(dtype, op, scale, tile_at(watched, spans.num_elems - watched, nullptr));
+  return found;
+}
+
+}  // namespace
+
 Range shard_of(size_t num_elems, int rank, int size, size_t elem_bytes) {
   const size_t line_elems = kCacheLine / elem_bytes, lines = num_elems / line_elems;
   const auto r = static_cast<size_t>(rank), n = static_cast<size_t>(size);
   return {lines * r / n * line_elems,
           rank == size - 1 ? num_elems : lines * (r + 1) / n * line_elems};
 }
-
-double scale_of(Op op, int size) { return op == Op::kAvg ? 1.0 / size : 1.0; }
-
-uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {  // FNV-1a
-  uint64_t hash = seed ^ 0xcbf29ce484222325u;
-  for (size_t i = 0; i < bytes; ++i)
-    hash = (hash ^ static_cast<const unsigned char*>(data)[i]) * 0x100000001b3u;
-  return hash;
-}
-
-// The scalars as numbers without padding, so that they can be hashed.
-uint64_t hash_scalars(std::span<const UpdatePiece> pieces, uint64_t hash) {
-  for (const UpdatePiece& piece : pieces) {
-    const SgdScalars& s = piece.scalars;
-    const double values[] = {s.decay, s.history, s.gain, s.momentum, s.rate, double(s.nesterov)};
-    hash = hash_bytes(values, sizeof values, hash);
-  }
-  return hash;
-}
-
-// A flag of any value but zero, in whatever type.
-bool is_set(const char* part, size_t element, DType dtype) {
-  static constexpr char kZero[8] = {};
-  return std::memcmp(part + element * size_of(dtype), kZero, size_of(dtype)) != 0;
-}
-
-}  // namespace
 
 // Why two turns of the slots suffice: a turn is written again only two turns later, and between the
 // two lies a phase that every rank publishes after it has read the first.
@@ -63,58 +83,134 @@ void SharedMemoryGroup::all_reduce(Span data, Op op, const Call& call) {
   guarded([&] {
     if (size() == 1) {
       arrive(mine, {}, call);
-    } else if (data.bytes() <= kOnePhaseBytes) {
-      const unsigned turn = turn_++;
-      if (data.num_elems) std::memcpy(slot(rank(), turn), data.data, data.bytes());
-      arrive(mine, {}, call);
-      reduce_slots(turn, {0, data.num_elems}, data.dtype, op, data.data);
-    } else if (const Location where = locate(data.data, data.bytes()); arrive(mine, where, call)) {
-      all_reduce_in_place(where, data, op);
+      if (call.findings && call.findings->norm_is_wanted) {  // else not worth a pass of its own
+        const void* const alone = data.data;
+        const Found found = reduce_watched(
+            data.dtype, op, 1.0, {&alone, 1, nullptr, 0, data.num_elems}, 0, *call.findings);
+        conclude(*call.findings, {&found, 1});
+      }
+      return;
+    }
+    const Location where =
+        data.bytes() > kOnePhaseSymmetricBytes ? locate(data.data, data.bytes()) : Location{};
+    const bool is_small = data.bytes() <= kOnePhaseBytes;
+    const unsigned turn = is_small ? turn_++ : 0;
+    const auto copy_in = [&] { copy(slot(rank(), turn), data.data, data.bytes()); };
+    if (is_small && !where.buffer) copy_in();
+    const Places places = arrive(mine, where, call);
+    if (places == Places::kSame) {
+      all_reduce_in_place(where, data, op, call.findings);
       next_phase(call);
+      if (call.findings) collect(*call.findings);
+    } else if (is_small) {
+      if (where.buffer) copy_in();
+      if (places == Places::kMixed) next_phase(call);
+      reduce_slots(turn, {0, data.num_elems}, data.dtype, op, data.data, call.findings);
     } else {
+      if (call.findings && call.findings->norm_is_wanted)
+        throw Error("a norm is taken in symmetric buffers only");
       all_reduce_staged(data, op, call);
     }
   });
 }
 
 // My shard of everyone's part, read and written once.
-void SharedMemoryGroup::all_reduce_in_place(const Location& where, Span data, Op op) {
+void SharedMemoryGroup::all_reduce_in_place(const Location& where, Span data, Op op,
+                                            Findings* findings) {
   const size_t elem_bytes = size_of(data.dtype);
   const Range shard = shard_of(data.num_elems, rank(), size(), elem_bytes);
   std::vector<void*> parts;  // in rank order: fixes the order of the sum
   for (int r = 0; r < size(); ++r) parts.push_back(where.part(r) + shard.begin * elem_bytes);
-  reduce(data.dtype, op, scale_of(op, size()),
-         {parts.data(), parts.size(), parts.data(), parts.size(), shard.count()});
+  page(rank()).found =
+      reduce_watched(data.dtype, op, scale_of(op, size()),
+                     {parts.data(), parts.size(), parts.data(), parts.size(), shard.count()},
+                     shard.begin, findings ? *findings : Findings{});
 }
 
-// One slot at a time: everyone copies in, reduces its shard of all slots, copies all shards out.
+void SharedMemoryGroup::collect(Findings& findings) const {
+  std::vector<Found> by_rank;
+  for (int r = 0; r < size(); ++r) by_rank.push_back(page(r).found);
+  conclude(findings, by_rank);
+}
+
+void SharedMemoryGroup::conclude(Findings& findings, std::span<const Found> by_rank) const {
+  const NonFinite* first = &by_rank.front().nonfinite;
+  for (const Found& found : by_rank) {
+    findings.sum_squares += found.sum_squares;
+    if (found.nonfinite.elem < first->elem) first = &found.nonfinite;
+  }
+  if (first->elem == NonFinite::kNone) return;
+  findings.has_nonfinite = true;
+  findings.nonfinite_elem = first->elem;
+  // Written by another process: bounded before use.
+  if (first->source < link_.global_ranks().size())
+    findings.nonfinite_rank = link_.global_ranks()[first->source];
+}
+
+// The slots take a chunk per turn. A rank reduces its shard of the chunk from its own tensor and
+// the others' slots, to its own tensor and its own slot; what it copies in and out are the others'
+// shards. Two turns are under way at once, so that one phase per chunk says both "my shard of this
+// chunk is reduced" and "my share of the next chunk is there".
 void SharedMemoryGroup::all_reduce_staged(Span data, Op op, const Call& call) {
-  const size_t elem_bytes = size_of(data.dtype);
+  const size_t elem_bytes = size_of(data.dtype), ranks = static_cast<size_t>(size());
+  // Areas of a slot do not move, also for a last, shorter chunk: copying in the next chunk must not
+  // touch my shard of the one before, which others may still be copying out.
+  const size_t area_bytes = kTurnBytes / ranks / kCacheLine * kCacheLine;
+  const size_t chunk_bytes = area_bytes * ranks;
+  const size_t num_chunks = (data.bytes() + chunk_bytes - 1) / chunk_bytes;
+  const unsigned first_turn = turn_;
+  turn_ += static_cast<unsigned>(num_chunks);
+
+  const auto staged = [&](int owner, size_t chunk, size_t shard) {
+    return slot(owner, first_turn + static_cast<unsigned>(chunk)) + shard * area_bytes;
+  };
+  const auto shard_of_chunk = [&](size_t chunk, size_t shard) {
+    const size_t begin = chunk * chunk_bytes + shard * area_bytes;
+    return Range{std::min(begin, data.bytes()), std::min(begin + area_bytes, data.bytes())};
+  };
   auto* const bytes = static_cast<char*>(data.data);
-  for (size_t done = 0; done < data.bytes(); done += kTurnBytes) {
-    const unsigned turn = turn_++;
-    const size_t chunk_bytes = std::min(kTurnBytes, data.bytes() - done);
-    const auto shard_bytes = [&](int r) {
-      const Range shard = shard_of(chunk_bytes / elem_bytes, r, size(), elem_bytes);
-      return Range{shard.begin * elem_bytes, shard.end * elem_bytes};
-    };
-    std::memcpy(slot(rank(), turn), bytes + done, chunk_bytes);
-    next_phase(call);
-    const Range mine = shard_of(chunk_bytes / elem_bytes, rank(), size(), elem_bytes);
-    reduce_slots(turn, mine, data.dtype, op, slot(rank(), turn) + mine.begin * elem_bytes);
-    next_phase(call);
+  const auto copy_in = [&](size_t chunk) {
     for (int r = 0; r < size(); ++r) {
-      const Range theirs = shard_bytes(r);
-      std::memcpy(bytes + done + theirs.begin, slot(r, turn) + theirs.begin, theirs.count());
+      const Range theirs = shard_of_chunk(chunk, static_cast<size_t>(r));
+      if (r != rank()) copy(staged(rank(), chunk, r), bytes + theirs.begin, theirs.count());
     }
+  };
+  const auto reduce_mine = [&](size_t chunk) {
+    const auto me = static_cast<size_t>(rank());
+    const Range mine = shard_of_chunk(chunk, me);
+    std::vector<const void*> sources(ranks);
+    for (int r = 0; r < size(); ++r) sources[r] = staged(r, chunk, me);
+    sources[me] = bytes + mine.begin;
+    void* const destinations[] = {bytes + mine.begin, staged(rank(), chunk, me)};
+    reduce(data.dtype, op, scale_of(op, size()),
+           {sources.data(), ranks, destinations, 2, mine.count() / elem_bytes});
+  };
+  const auto copy_out = [&](size_t chunk) {
+    for (int r = 0; r < size(); ++r) {
+      const Range theirs = shard_of_chunk(chunk, static_cast<size_t>(r));
+      if (r != rank()) copy(bytes + theirs.begin, staged(r, chunk, r), theirs.count());
+    }
+  };
+
+  copy_in(0);
+  next_phase(call);
+  for (size_t chunk = 0; chunk < num_chunks; ++chunk) {
+    reduce_mine(chunk);
+    if (chunk + 1 < num_chunks) copy_in(chunk + 1);
+    next_phase(call);
+    copy_out(chunk);
   }
 }
 
 // Elements [begin, end) of all slots of this turn, reduced in rank order to `to`.
-void SharedMemoryGroup::reduce_slots(unsigned turn, Range elems, DType dtype, Op op, void* to) {
+void SharedMemoryGroup::reduce_slots(unsigned turn, Range elems, DType dtype, Op op, void* to,
+                                     Findings* findings) {
   std::vector<const void*> slots;
   for (int r = 0; r < size(); ++r) slots.push_back(slot(r, turn) + elems.begin * size_of(dtype));
-  reduce(dtype, op, scale_of(op, size()), {slots.data(), slots.size(), &to, 1, elems.count()});
+  const Found found = reduce_watched(dtype, op, scale_of(op, size()),
+                                     {slots.data(), slots.size(), &to, 1, elems.count()},
+                                     elems.begin, findings ? *findings : Findings{});
+  if (findings) conclude(*findings, {&found, 1});
 }
 
 void SharedMemoryGroup::reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) {
@@ -128,7 +224,7 @@ void SharedMemoryGroup::reduce_scatter(Span output, ConstSpan input, Op op, cons
     const Location where = locate(input.data, input.bytes());
     if (arrive(fingerprint(Kind::kReduceScatter, input.num_elems, input.dtype,
                            static_cast<uint32_t>(op), kNoRoot, call),
-               where, call)) {
+               where, call) == Places::kSame) {
       for (int r = 0; r < size(); ++r)
         at[r] = where.part(r) + static_cast<size_t>(rank()) * shard_bytes;
       reduce(output.dtype, op, scale, {at.data(), ranks, &output.data, 1, output.num_elems});
@@ -160,7 +256,7 @@ void SharedMemoryGroup::all_gather(Span output, ConstSpan input, const Call& cal
   guarded([&] {
     const Location where = locate(output.data, output.bytes());
     if (arrive(fingerprint(Kind::kAllGather, output.num_elems, output.dtype, kNoOp, kNoRoot, call),
-               where, call)) {
+               where, call) == Places::kSame) {
       for (int r = 0; r < size(); ++r)
         std::memcpy(where.part(r) + static_cast<size_t>(rank()) * shard_bytes, mine, shard_bytes);
       next_phase(call);
@@ -194,52 +290,6 @@ void SharedMemoryGroup::broadcast(Span data, int root, const Call& call) {
       done += piece_bytes;
     }
   });
-}
-
-void SharedMemoryGroup::update(const BucketUpdate& bucket, const Call& call) {
-  const Location gradients = locate(bucket.gradients.data, bucket.gradients.bytes());
-  const Location weights = locate(bucket.weights.data, bucket.weights.bytes());
-  if (!gradients.buffer || !weights.buffer)
-    throw UsageError("update needs gradients and weights in symmetric buffers");
-  guarded([&] {
-    Call agreed = call;
-    agreed.layout = hash_scalars(bucket.pieces, call.layout);  // a rank with another learning rate
-    const auto op = static_cast<uint32_t>(bucket.op);
-    if (!arrive(fingerprint(Kind::kUpdate, bucket.gradients.num_elems, bucket.gradients.dtype, op,
-                            kNoRoot, agreed),
-                gradients, call))
-      throw Error("the ranks' gradient buckets do not lie at the same place");
-    const Range shard =
-        shard_of(bucket.flags_begin, rank(), size(), size_of(bucket.gradients.dtype));
-    for (size_t i = 0; i < bucket.pieces.size(); ++i) {
-      const UpdatePiece& piece = bucket.pieces[i];
-      const Range mine{std::max(shard.begin, piece.begin),
-                       std::min(shard.end, piece.begin + piece.num_elems)};
-      if (mine.begin < mine.end) update_piece(bucket, i, mine, gradients, weights);
-    }
-    next_phase(call);
-  });
-}
-
-// Elements `mine` of piece i: their gradients of all ranks become new weights of all ranks.
-void SharedMemoryGroup::update_piece(const BucketUpdate& bucket, size_t i, Range mine,
-                                     const Location& gradients, const Location& weights) {
-  const DType dtype = bucket.gradients.dtype;
-  const UpdatePiece& piece = bucket.pieces[i];
-  const size_t at = mine.begin * size_of(dtype);
-  void* const momentum = bucket.momentum ? static_cast<char*>(bucket.momentum) + at : nullptr;
-  std::vector<void*> g, w;
-  bool used = false;
-  for (int r = 0; r < size(); ++r) {
-    g.push_back(gradients.part(r) + at);
-    w.push_back(weights.part((rank() + r) % size()) + at);  // the first is read: my own
-    used |= is_set(gradients.part(r), bucket.flags_begin + i, dtype);
-  }
-  if (used)
-    sgd(dtype, piece.scalars, scale_of(bucket.op, size()),
-        {g.data(), g.size(), w.data(), w.size(), momentum, mine.count(), /*zero_gradients=*/true});
-  else if (momentum && piece.idle_scale != 1.0)
-    reduce(dtype, Op::kAvg, piece.idle_scale, {&momentum, 1, &momentum, 1, mine.count()});
 }
 
 }  // namespace pyar

@@ -31,21 +31,23 @@ char* SharedMemoryGroup::slot(int rank, unsigned turn) const {
 // ---------------------------------------------------------------------------------------------------------------
 // Agreement and waiting
 
-bool SharedMemoryGroup::arrive(const Fingerprint& mine, const Location& where, const Call& call) {
+SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, const Location& where,
+                                                    const Call& call) {
   current_ = mine;
   const size_t parity = mine.sequence % 2;
   const uint64_t buffer_id = where.buffer ? where.buffer->id : 0;
   page(rank()).notices[parity] = {mine, buffer_id, where.offset_bytes, now_s()};
   next_phase(call);
 
-  bool agreed = true, same_place = buffer_id != 0;
+  bool agreed = true, same_place = buffer_id != 0, ordinary = true;
   for (int r = 0; r < size(); ++r) {
     const Notice& notice = page(r).notices[parity];
     agreed &= notice.fingerprint == mine;
     same_place &= notice.buffer_id == buffer_id && notice.offset_bytes == where.offset_bytes;
+    ordinary &= notice.buffer_id == 0;
     if (call.arrivals_s) call.arrivals_s[r] = notice.arrived_s;
   }
-  if (agreed) return same_place;
+  if (agreed) return same_place ? Places::kSame : ordinary ? Places::kOrdinary : Places::kMixed;
   std::vector<Fingerprint> by_rank;
   for (int r = 0; r < size(); ++r) by_rank.push_back(page(r).notices[parity].fingerprint);
   throw_mismatch(rank(), by_rank, link_.global_ranks());

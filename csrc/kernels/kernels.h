@@ -23,12 +23,20 @@ std::string_view active_isa();
 // Chooses what calls without a table use; at start-up that is isas()[0]. False changes nothing.
 bool select_isa(std::string_view isa);
 
+// Where a result first is inf or NaN, and the source that brought it.
+struct NonFinite {
+  static constexpr size_t kNone = ~size_t{0};
+  size_t elem = kNone;
+  size_t source = kNone;  // kNone: all sources are finite, their sum is not
+};
+
 struct ReduceSpans {
   const void* const* sources;
   size_t num_sources;  // at least 1
   void* const* destinations;
   size_t num_destinations;
   size_t num_elems;
+  NonFinite* nonfinite = nullptr;  // or null: do not look. Only sum and avg of floats look.
 };
 
 // In one pass: element i of all sources is combined in source order in the accumulator (float for
@@ -37,6 +45,10 @@ struct ReduceSpans {
 // if any source holds one.
 void reduce(DType dtype, Op op, double scale, const ReduceSpans& spans,
             const KernelTable* table = nullptr);
+
+// In double precision, in an order that depends on nothing but num_elems. Floating dtypes only.
+double sum_squares(DType dtype, const void* data, size_t num_elems,
+                   const KernelTable* table = nullptr);
 
 // float32 from or to a 16-bit float, else UsageError. The spans do not overlap.
 void convert(DType from, const void* source, DType to, void* destination, size_t num_elems,
@@ -50,6 +62,7 @@ struct SgdSpans {
   void* momentum;  // nullptr: SGD without momentum
   size_t num_elems;
   bool zero_gradients;
+  NonFinite* nonfinite = nullptr;  // of the scaled sum of the gradients; or null: do not look
 };
 
 // In one pass: g = scale * (sum of the gradients in order), rounded to the storage type, then

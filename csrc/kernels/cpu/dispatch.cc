@@ -71,6 +71,12 @@ void reduce(DType dtype, Op op, double scale, const ReduceSpans& spans, const Ke
   kernel(scale, spans);
 }
 
+double sum_squares(DType dtype, const void* data, size_t num_elems, const KernelTable* table) {
+  const auto kernel = chosen(table).sum_squares[static_cast<uint32_t>(dtype)];
+  if (!kernel) refuse("sum_squares", dtype);
+  return kernel(data, num_elems);
+}
+
 void convert(DType from, const void* source, DType to, void* destination, size_t num_elems,
              const KernelTable* table) {
   const KernelTable& kernels = chosen(table);

@@ -76,6 +76,19 @@ PYAR_ALWAYS_INLINE V same_nan(V value) {
   return value != value ? V{} + static_cast<T>(__builtin_nan("")) : value;
 }
 
+// Of a comparison: true in any lane.
+template <typename Mask>
+PYAR_ALWAYS_INLINE bool any(Mask mask) {
+  if constexpr (std::is_same_v<Mask, bool>) {
+    return mask;
+  } else {
+    const auto words = __builtin_bit_cast(Lanes<uint64_t, sizeof(Mask) / 8>, mask);
+    uint64_t all = 0;
+    for (size_t k = 0; k < sizeof(Mask) / 8; ++k) all |= words[k];
+    return all != 0;
+  }
+}
+
 // The full vectors of 16-bit elements and their conversions, in the machine's instructions where a
 // compiler would need several (g++ 12: five for a zero extension). They agree in every bit with the
 // portable ones of dtype.h.

@@ -36,7 +36,7 @@ PYAR_ALWAYS_INLINE auto combine(Accs<kDType, kLanes> a, Accs<kDType, kLanes> b) 
 // once per block: the compiler must assume that a store changes the list.
 template <DType kDType>
 constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(Acc<kDType>));
-constexpr int kReduceBlock = 8, kConvertBlock = 4, kSgdBlock = 2;
+constexpr int kReduceBlock = 4, kConvertBlock = 4, kSgdBlock = 2;
 
 template <DType kDType, int kLanes, int kVectors>
 struct Block {
@@ -52,10 +52,42 @@ struct Block {
       vector[v] =
           combine<kDType, kOp, kLanes>(vector[v], load<kDType, kLanes>(base, i + offset(v)));
   }
+  // As stored: a 16-bit float may overflow only in rounding.
+  PYAR_ALWAYS_INLINE bool is_finite() const {
+    Accs<kDType, kLanes> poison{};  // 0, or NaN from the first inf or NaN on
+    for (const auto& value : vector) {
+      const auto stored = widen<kDType>(narrow<kDType>(value));
+      poison += stored - stored;
+    }
+    return !any(poison != poison);
+  }
   PYAR_ALWAYS_INLINE void store_to(void* base, size_t i) const {
     for (int v = 0; v < kVectors; ++v) store<kDType, kLanes>(base, i + offset(v), vector[v]);
   }
 };
+
+// Finds out who brought the inf or NaN among elements [begin, end) of a sum, before the sources are
+// overwritten. Never in a loop that matters.
+template <DType kDType>
+[[gnu::cold, gnu::noinline]] void blame(NonFinite& nonfinite, const void* const* sources,
+                                        size_t num_sources, Acc<kDType> scale, size_t begin,
+                                        size_t end) {
+  if (nonfinite.elem != NonFinite::kNone) return;
+  for (size_t i = begin; i < end; ++i) {
+    Block<kDType, 1, 1> sum{};
+    size_t culprit = NonFinite::kNone;
+    for (size_t k = num_sources; k-- > 0;) {
+      Block<kDType, 1, 1> one;
+      one.load_from(sources[k], i);
+      if (!one.is_finite()) culprit = k;
+    }
+    for (size_t k = 0; k < num_sources; ++k) sum.template combine_with<Op::kSum>(sources[k], i);
+    sum.vector[0] *= scale;
+    if (sum.is_finite()) continue;
+    nonfinite = {i, culprit};
+    return;
+  }
+}
 
 template <DType kDType, Op kOp, int kLanes, int kVectors>
 PYAR_ALWAYS_INLINE size_t reduce_blocks(size_t i, Acc<kDType> scale, const ReduceSpans& spans) {
@@ -67,6 +99,9 @@ PYAR_ALWAYS_INLINE size_t reduce_blocks(size_t i, Acc<kDType> scale, const Reduc
       acc.template combine_with<kOp>(spans.sources[k], i);
     if constexpr (kOp == Op::kAvg)
       for (auto& value : acc.vector) value *= scale;
+    if constexpr (is_floating(kDType) && (kOp == Op::kSum || kOp == Op::kAvg))
+      if (spans.nonfinite && !acc.is_finite()) [[unlikely]]
+        blame<kDType>(*spans.nonfinite, spans.sources, spans.num_sources, scale, i, i + kStep);
     for (size_t k = 0; k < spans.num_destinations; ++k) acc.store_to(spans.destinations[k], i);
   }
   return i;
@@ -75,10 +110,37 @@ PYAR_ALWAYS_INLINE size_t reduce_blocks(size_t i, Acc<kDType> scale, const Reduc
 template <DType kDType, Op kOp>
 void reduce_loop(double scale, const ReduceSpans& spans_in) {
   const ReduceSpans spans = spans_in;  // out of reach of the stores
-  const auto factor = static_cast<Acc<kDType>>(scale);
+  const auto factor = static_cast<Acc<kDType>>(kOp == Op::kAvg ? scale : 1.0);
   size_t i = reduce_blocks<kDType, kOp, kLanesOf<kDType>, kReduceBlock>(0, factor, spans);
   i = reduce_blocks<kDType, kOp, kLanesOf<kDType>, 1>(i, factor, spans);
   reduce_blocks<kDType, kOp, 1, 1>(i, factor, spans);
+}
+
+// Element i is added in lane i % kSquareLanes, whatever the width of the machine's vectors.
+constexpr int kSquareLanes = 8;
+
+template <DType kDType>
+double sum_squares_loop(const void* data, size_t num_elems) {
+  Lanes<double, kSquareLanes> sums{};
+  size_t i = 0;
+  for (; i + kSquareLanes <= num_elems; i += kSquareLanes) {
+    Lanes<double, kSquareLanes> values;
+    if constexpr (size_of(kDType) >= 4) {
+      using V = Lanes<Stored<kDType>, kSquareLanes>;
+      const V stored = load_bits<V>(static_cast<const Stored<kDType>*>(data) + i);
+      values = __builtin_convertvector(stored, Lanes<double, kSquareLanes>);
+    } else {
+      for (int k = 0; k < kSquareLanes; ++k) values[k] = load<kDType, 1>(data, i + size_t(k));
+    }
+    sums += values * values;
+  }
+  for (; i < num_elems; ++i) {
+    const double value = load<kDType, 1>(data, i);
+    sums[i % kSquareLanes] += value * value;
+  }
+  double total = 0;
+  for (int k = 0; k < kSquareLanes; ++k) total += sums[k];
+  return total;
 }
 
 template <DType kFrom, DType kTo, int kLanes, int kVectors>
@@ -115,9 +177,13 @@ PYAR_ALWAYS_INLINE size_t sgd_blocks(size_t i, Acc<kDType> scale,
       g.template combine_with<Op::kSum>(spans.gradients[k], i);
     w.load_from(spans.weights[0], i);
     if constexpr (kKind != SgdKind::kPlain) u.load_from(spans.momentum, i);
+    for (auto& value : g.vector)  // a scale of 1 multiplies exactly
+      value *= scale;
+    if (spans.nonfinite && !g.is_finite()) [[unlikely]]
+      blame<kDType>(*spans.nonfinite, spans.gradients, spans.num_gradients, scale, i, i + kStep);
     for (int v = 0; v < kVectors; ++v) {
-      // Through the storage type, as if reduce() had stored it. A scale of 1 multiplies exactly.
-      const auto mean = widen<kDType>(narrow<kDType>(g.vector[v] * scale));
+      // Through the storage type, as if reduce() had stored it.
+      const auto mean = widen<kDType>(narrow<kDType>(g.vector[v]));
       w.vector[v] = sgd_rule<kKind>(mean, w.vector[v], u.vector[v], factors);
     }
     if constexpr (kKind != SgdKind::kPlain) u.store_to(spans.momentum, i);
@@ -157,6 +223,7 @@ constexpr void fill(KernelTable& table) {
   if constexpr (is_floating(kDType)) {
     reduce[static_cast<uint32_t>(Op::kAvg)] = reduce_loop<kDType, Op::kAvg>;
     table.sgd[kRow] = sgd_loop<kDType>;
+    table.sum_squares[kRow] = sum_squares_loop<kDType>;
   }
   if constexpr (size_of(kDType) == 2) {
     table.to_float32[kRow] = convert_loop<kDType, DType::kFloat32>;
