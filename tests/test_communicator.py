@@ -6,6 +6,9 @@ import functools
 import hashlib
 import itertools
 import operator
+import re
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +97,110 @@ def all_reduce_everything(rank: int, n: int) -> None:
 @pytest.mark.parametrize("n", SIZES)
 def test_all_reduce(n: int) -> None:
     run_ranks(n, all_reduce_everything, deadline_s=100)
+
+
+# --- staging: plain tensors go through slots that are used again and again ---
+
+
+def bytes_in_the_core(constant: str) -> int:
+    rooms = Path(__file__).parents[1] / "csrc/group"
+    text = "".join(path.read_text() for path in rooms.glob("shared_memory*"))
+    (found,) = re.findall(rf"{constant} = size_t\{{(\d+)\}} << (\d+);", text)
+    return int(found[0]) << int(found[1])
+
+
+def staged_counts(n: int, itemsize: int) -> list[int]:
+    """Around every boundary: of the path, of a rank's area in a slot, of a chunk, of a shorter last chunk."""
+    area = bytes_in_the_core("kTurnBytes") // n // 64 * 64
+    chunk = n * area
+    boundaries = [bytes_in_the_core("kOnePhaseBytes"), area, chunk, chunk + area]
+    boundaries += [chunk + (n - 1) * area, 2 * chunk, 2 * chunk + area // 2, 3 * chunk]
+    return sorted({b // itemsize + d for b in boundaries for d in (-1, 0, 1)})
+
+
+@functools.cache
+def random_digits() -> torch.Tensor:
+    """Sums of 8 fit every dtype exactly."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(16, (3 << 20,), dtype=torch.uint8, generator=generator)
+
+
+def digits(rank: int, call: int, numel: int) -> torch.Tensor:
+    """Other ones for every rank, call and place: what lies where it should not is seen."""
+    begin = (rank * 104_729 + call * 7_919) % (random_digits().numel() - numel)
+    return random_digits()[begin : begin + numel]
+
+
+class Staging:
+    """Calls on plain tensors, each with fresh values, whose results are checked exactly."""
+
+    def __init__(self, rank: int, n: int) -> None:
+        self.rank, self.n, self.call = rank, n, 0
+        self.comm = par.init()
+        self.pending: list[tuple[Any, torch.Tensor, torch.Tensor, str]] = []
+
+    def of_all(self, numel: int) -> list[torch.Tensor]:
+        return [digits(r, self.call, numel) for r in range(self.n)]
+
+    def all_reduce(self, numel: int, dtype: torch.dtype, op: str = "sum") -> None:
+        self.call += 1
+        want = functools.reduce(COMBINE[op], self.of_all(numel)).to(dtype)
+        tensor = digits(self.rank, self.call, numel).to(dtype, copy=True)
+        if self.rank == self.call % self.n:
+            time.sleep(0.0005)  # the others sleep by then, and wake up behind this one
+        work = self.comm.all_reduce(tensor, op, async_op=self.call % 3 == 0)
+        self.pending.append((work, tensor, want, f"{numel} {dtype} {op}"))
+        if work is None:
+            self.check()
+
+    def check(self) -> None:
+        for work, tensor, want, what in self.pending:
+            if work is not None:
+                work.wait()
+            assert torch.equal(tensor, want), what
+        self.pending = []
+
+    def other(self, numel: int) -> None:
+        """A call that moves the turns on by another number; none in every fourth."""
+        self.call += 1
+        n, rank, comm, kind = self.n, self.rank, self.comm, self.call // 2 % 4
+        everyones = self.of_all(numel)
+        if kind == 1:
+            root = self.call % n
+            sent = everyones[rank].clone()
+            comm.broadcast(sent, root)
+            assert torch.equal(sent, everyones[root])
+        elif kind == 2:
+            gathered = torch.empty(n * numel, dtype=torch.uint8)
+            comm.all_gather(gathered, everyones[rank].clone())
+            assert torch.equal(gathered, torch.cat(everyones))
+        elif kind == 3:
+            shard = torch.empty(numel // n, dtype=torch.uint8)
+            whole = numel // n * n
+            comm.reduce_scatter(shard, everyones[rank][:whole].clone())
+            total = sum(everyones, torch.zeros(numel, dtype=torch.uint8))
+            assert torch.equal(shard, total[:whole].view(n, -1)[rank])
+
+
+def staged_all_reduces(rank: int, n: int) -> None:
+    staging = Staging(rank, n)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.uint8):
+        counts = staged_counts(n, dtype.itemsize)
+        for numel, lengths in zip(counts, itertools.cycle([1_000, 20_000, 700_000])):
+            staging.other(lengths)
+            staging.all_reduce(numel, dtype, "max" if numel % 3 == 0 else "sum")
+        for numel in counts[::-1]:
+            staging.all_reduce(numel, dtype)
+        staging.check()
+    staging.comm.close()
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_staged_all_reduce_around_every_boundary(n: int) -> None:
+    run_ranks(n, staged_all_reduces)
+
+
+# --- the two-buffer collectives ---
 
 
 def gather_and_scatter_everything(rank: int, n: int) -> None:

@@ -1,6 +1,8 @@
 """Every instruction set x dtype x op against torch, numpy and each other; answers are bits."""
 
 import functools
+import itertools
+import math
 import platform
 import shutil
 import subprocess
@@ -286,7 +288,7 @@ def scalars(kind, form="reference", lr=0.1, previous_lr=0.1, decay=1e-4, m=0.9):
 
 
 def run_sgd(gradients, weights, momentum, scalars, scale, isa, zero_gradients=False):
-    kernels.sgd(
+    return kernels.sgd(
         [t.data_ptr() for t in gradients],
         [t.data_ptr() for t in weights],
         0 if momentum is None else momentum.data_ptr(),
@@ -418,6 +420,193 @@ def test_sgd_many_is_sgd_of_each(isa):
         for one, other in zip(each, many, strict=True)
         for a, b in zip(one, other, strict=True)
     )
+
+
+# ---- sum of squares ----
+
+
+def run_sum_squares(tensor, isa):
+    return kernels.sum_squares(tensor.data_ptr(), tensor.numel(), name_of(tensor.dtype), isa)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 1000, 4097])
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_sum_of_squares_is_that_of_exact_arithmetic(isa, dtype, length):
+    values = training_state(dtype)[0][:length]
+    exact = math.fsum(x * x for x in values.double().tolist())
+    result = run_sum_squares(values.clone(), isa)
+    assert result == pytest.approx(exact, rel=1e-14, abs=0)
+    assert result == run_sum_squares(values, "baseline")
+    for k in (1, 3):  # aligned to the element only
+        shifted = torch.empty(length + k, dtype=dtype)[k:].copy_(values)
+        assert run_sum_squares(shifted, isa) == result
+    integers = small_integers("sum")[0][:length]
+    assert run_sum_squares(integers.to(dtype), isa) == integers.square().sum().item()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_sum_of_squares_of_extreme_values(isa, dtype):
+    info = torch.finfo(dtype)
+    for special in (torch.nan, torch.inf, -torch.inf, info.max, info.smallest_normal / 4):
+        for at in (0, 9, 16):  # among whole vectors and alone
+            values = torch.zeros(17, dtype=dtype)
+            values[at] = special
+            result, x = run_sum_squares(values, isa), values[at].item()
+            assert result == x * x or (math.isnan(result) and math.isnan(x))
+
+
+def test_integers_have_no_sum_of_squares(isa):
+    with pytest.raises(Exception, match="no kernel for sum_squares of int32"):
+        run_sum_squares(torch.ones(3, dtype=torch.int32), isa)
+
+
+# ---- the first inf or NaN ----
+
+WATCHED = 85  # elements: blocks of vectors, vectors and single elements, for every instruction set
+
+
+def find_in_reduce(sources, isa, scale=1.0, op="avg", in_place=False):
+    targets = sources if in_place else [torch.empty_like(sources[0])]
+    return kernels.reduce(
+        [t.data_ptr() for t in sources],
+        [t.data_ptr() for t in targets],
+        sources[0].numel(),
+        name_of(sources[0].dtype),
+        op,
+        scale,
+        isa,
+    )
+
+
+def find_in_sgd(sources, isa, scale=1.0, kind="nesterov"):
+    weight, momentum = (torch.ones_like(sources[0]) for _ in "wm")
+    if kind == "plain":
+        momentum = None
+    return run_sgd(sources, [weight], momentum, scalars(kind), scale, isa)
+
+
+SCALING_FINDERS = {
+    "avg": find_in_reduce,
+    "avg in place": functools.partial(find_in_reduce, in_place=True),
+    **{f"sgd {kind}": functools.partial(find_in_sgd, kind=kind) for kind in KINDS},
+}
+FINDERS = {"sum": functools.partial(find_in_reduce, op="sum"), **SCALING_FINDERS}
+
+
+@pytest.fixture(params=list(FINDERS))
+def find(request, isa):
+    """Element and source of the first inf or NaN in sources[0] + sources[1] + ..."""
+    return functools.partial(FINDERS[request.param], isa=isa)
+
+
+@pytest.fixture(params=list(SCALING_FINDERS))
+def find_scaled(request, isa):
+    return functools.partial(SCALING_FINDERS[request.param], isa=isa)
+
+
+def with_values(dtype, values, count=3):
+    """Sources of ones, but for {(element, source): value}."""
+    sources = [torch.ones(WATCHED, dtype=dtype) for _ in range(count)]
+    for (element, source), value in values.items():
+        sources[source][element] = value
+    return sources
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_names_an_inf_or_nan_wherever_it_is(find, dtype):
+    assert find(with_values(dtype, {})) is None
+    values = itertools.cycle([torch.nan, torch.inf, -torch.inf])
+    for element, source in itertools.product(range(WATCHED), range(3)):
+        assert find(with_values(dtype, {(element, source): next(values)})) == (element, source)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_names_the_first_of_several(find, dtype):
+    for first, later in [(3, 4), (3, 40), (40, 84), (83, 84), (0, 64)]:
+        found = find(with_values(dtype, {(later, 0): torch.nan, (first, 2): torch.inf}))
+        assert found == (first, 2)
+        # One element: the first source, also where infinities cancel to NaN.
+        found = find(with_values(dtype, {(first, 1): -torch.inf, (first, 2): torch.inf}))
+        assert found == (first, 1)
+        overflow = {(later, 0): torch.finfo(dtype).max, (later, 1): torch.finfo(dtype).max}
+        assert find(with_values(dtype, {**overflow, (first, 1): torch.nan})) == (first, 1)
+        overflow = {(first, 0): torch.finfo(dtype).max, (first, 1): torch.finfo(dtype).max}
+        assert find(with_values(dtype, {**overflow, (later, 1): torch.nan})) == (first, None)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_names_no_source_if_only_the_sum_overflows(find, dtype):
+    largest = torch.finfo(dtype).max
+    for element in (0, 31, 70, 84):
+        both = {(element, 0): -largest, (element, 1): -largest}
+        assert find(with_values(dtype, both)) == (element, None)
+        assert find(with_values(dtype, {(element, 0): largest, (element, 1): -largest})) is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_looks_at_the_scaled_sum_as_it_is_stored(find_scaled, dtype):
+    largest = torch.finfo(dtype).max
+    # float32 holds the sum of two float16, but not of two bfloat16.
+    wide_enough = dtype == torch.float16
+    for element in (0, 31, 70, 84):
+        both = {(element, 0): largest, (element, 1): largest}
+        found = find_scaled(with_values(dtype, both, count=2), scale=0.5)
+        assert found == (None if wide_enough else (element, None))
+        one = {(element, 0): largest}
+        assert find_scaled(with_values(dtype, one, count=1)) is None
+        assert find_scaled(with_values(dtype, one, count=1), scale=2.0) == (element, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half_a_step"), [(torch.bfloat16, 2.0**119), (torch.float16, 16.0)], ids=name_of
+)
+def test_a_16_bit_sum_may_overflow_in_rounding_only(find, dtype, half_a_step):
+    largest = torch.finfo(dtype).max
+    for element in (0, 31, 70, 84):
+        tie = {(element, 0): largest, (element, 1): half_a_step}
+        assert find(with_values(dtype, tie, count=2)) == (element, None)
+        below = {(element, 0): largest, (element, 1): half_a_step / 2}
+        assert find(with_values(dtype, below, count=2)) is None
+
+
+@pytest.mark.parametrize(("dtype", "op"), CASES, ids=name_of)
+def test_looks_at_sums_of_floats_only(isa, dtype, op):
+    sources = any_bits(dtype, 8, 4099)[:3]
+    result = torch.empty_like(sources[0])
+    found = kernels.reduce(
+        [t.data_ptr() for t in sources], [result.data_ptr()], 4099, name_of(dtype), op, 1 / 3, isa
+    )
+    if dtype in FLOATS and op in ("sum", "avg"):
+        element, source = found
+        assert result[:element].isfinite().all()
+        assert not result[element].isfinite()
+        bringers = [k for k in range(3) if not sources[k][element].isfinite()]
+        assert source == (bringers[0] if bringers else None)
+    else:
+        assert found is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_weights_and_momentum_that_are_not_finite_are_nobodys_gradient(isa, dtype):
+    gradient = torch.ones(WATCHED, dtype=dtype)
+    bad = [torch.full_like(gradient, torch.nan) for _ in "wm"]
+    assert run_sgd([gradient], bad[:1], bad[1], scalars("momentum"), 1.0, isa) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_looking_changes_no_bit(isa, dtype, kind):
+    # sgd_many does not look.
+    weight, momentum, gradient = any_bits(dtype, 8, 4099)[:3]
+    watched, unwatched = ([weight.clone(), momentum.clone(), gradient.clone()] for _ in "ab")
+    s = scalars(kind)
+    has_momentum = kind != "plain"
+    w, u, g = watched
+    assert run_sgd([g], [w], u if has_momentum else None, s, 0.5, isa) is not None
+    w, u, g = (t.data_ptr() for t in unwatched)
+    kernels.sgd_many([(w, u if has_momentum else 0, g, 4099)], name_of(dtype), s, 0.5, False, isa)
+    for one, other in zip(watched, unwatched, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 # ---- instruction sets ----
