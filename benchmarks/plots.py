@@ -74,8 +74,7 @@ def draw_busbw(book: Book, path: Path) -> None:
         _lines(axis, records, in_busbw=True)
         axis.set_ylabel("busbw = bytes / time x 2(n-1)/n, GB/s")
         axis.set_ylim(bottom=0)
-    panels[0][0].legend(fontsize=8, loc="upper left")
-    _save(figure, path)
+    _save(figure, path, panels[0][0])
 
 
 def draw_latency(book: Book, path: Path) -> None:
@@ -85,8 +84,7 @@ def draw_latency(book: Book, path: Path) -> None:
         _lines(axis, records, in_busbw=False)
         axis.set_yscale("log")
         axis.set_ylabel("time of the slowest rank, us")
-    panels[0][0].legend(fontsize=8, loc="upper left")
-    _save(figure, path)
+    _save(figure, path, panels[0][0])
 
 
 def draw_steps(book: Book, path: Path) -> None:
@@ -101,8 +99,7 @@ def draw_steps(book: Book, path: Path) -> None:
     )
     for axis, record in zip(axes[0], records, strict=True):
         _stack(axis, record)
-    axes[0][0].legend(fontsize=8, loc="upper right")
-    _save(figure, path)
+    _save(figure, path, axes[0][0])
 
 
 def _stack(axis: Axes, record: Record) -> None:
@@ -136,8 +133,11 @@ def _stack(axis: Axes, record: Record) -> None:
     axis.tick_params(labelsize=8)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: Figure, path: Path, with_legend: Axes) -> None:
+    """One legend for all panels, below them, where it hides nothing."""
+    figure.set_layout_engine("constrained")
+    handles, labels = with_legend.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -10,10 +10,10 @@ template <int kRanks>
 void reduce(const std::vector<float*>& buffers, floors::Shard shard) {
   float* at[kRanks];
   std::copy_n(buffers.begin(), kRanks, at);
-  for (size_t i = shard.begin; i < shard.end; i += floors::kElemsPerLine) {
-    floors::Line sum = floors::line_at(at[0] + i);
-    for (int r = 1; r < kRanks; ++r) sum += floors::line_at(at[r] + i);
-    for (int r = 0; r < kRanks; ++r) floors::line_at(at[r] + i) = sum;
+  for (size_t i = shard.begin; i < shard.end; i += floors::kElemsPerVector) {
+    floors::Vector sum = floors::vector_at(at[0] + i);
+    for (int r = 1; r < kRanks; ++r) sum += floors::vector_at(at[r] + i);
+    for (int r = 0; r < kRanks; ++r) floors::vector_at(at[r] + i) = sum;
   }
 }
 

@@ -30,10 +30,17 @@ constexpr int kMaxRanks = 4;
 constexpr int kMaxRounds = 4096;
 constexpr size_t kElemsPerLine = 16;  // float32 in 64 bytes
 
-typedef float Line __attribute__((vector_size(64)));
+// What the machine has: g++ 12 takes wider vector types through the stack.
+#if defined(__AVX512F__)
+typedef float Vector __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float Vector __attribute__((vector_size(32)));
+#else
+typedef float Vector __attribute__((vector_size(16)));
+#endif
+constexpr size_t kElemsPerVector = sizeof(Vector) / sizeof(float);
 
-// Arrays of one alignment, so that a line of floats is a line of the cache.
-inline Line& line_at(float* p) { return *reinterpret_cast<Line*>(p); }
+inline Vector& vector_at(float* p) { return *reinterpret_cast<Vector*>(p); }
 
 inline double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -272,7 +279,7 @@ struct Arguments {
       std::fprintf(stderr, "usage: %s RANKS BYTES MODE EVICT_BYTES; MODE: %s\n", argv[0], modes),
           std::exit(2);
     ranks = std::atoi(argv[1]);
-    count = std::strtoul(argv[2], nullptr, 10) / sizeof(Line) * kElemsPerLine;
+    count = std::strtoul(argv[2], nullptr, 10) / (kElemsPerLine * sizeof(float)) * kElemsPerLine;
     mode = argv[3];
     evict_bytes = std::strtoul(argv[4], nullptr, 10);
   }

@@ -64,11 +64,11 @@ class Staged {
     const Shard s = area(chunk, me());
     float *from[kRanks], *own = mine_ + s.begin, *result = slot(chunk, me(), me());
     for (size_t r = 0; r < kRanks; ++r) from[r] = r == me() ? own : slot(chunk, r, me());
-    for (size_t i = 0; i < s.end - s.begin; i += floors::kElemsPerLine) {
-      floors::Line sum = floors::line_at(from[0] + i);
-      for (size_t r = 1; r < kRanks; ++r) sum += floors::line_at(from[r] + i);
-      floors::line_at(own + i) = sum;
-      floors::line_at(result + i) = sum;
+    for (size_t i = 0; i < s.end - s.begin; i += floors::kElemsPerVector) {
+      floors::Vector sum = floors::vector_at(from[0] + i);
+      for (size_t r = 1; r < kRanks; ++r) sum += floors::vector_at(from[r] + i);
+      floors::vector_at(own + i) = sum;
+      floors::vector_at(result + i) = sum;
     }
   }
   void copy_out(size_t chunk) const {

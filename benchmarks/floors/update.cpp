@@ -8,9 +8,9 @@
 
 namespace {
 
-using floors::Line;
-using floors::line_at;
 using floors::Shard;
+using floors::Vector;
+using floors::vector_at;
 
 constexpr float kMomentum = 0.9f, kDecay = 1e-4f, kRate = 1e-3f;
 
@@ -37,28 +37,28 @@ class Update {
   }
 
   void two_pass(Shard shard, size_t count) const {
-    for (size_t i = shard.begin; i < shard.end; i += floors::kElemsPerLine) {
-      const Line mean = mean_at(i);
-      for (int r = 0; r < kRanks; ++r) line_at(g_[r] + i) = mean;
+    for (size_t i = shard.begin; i < shard.end; i += floors::kElemsPerVector) {
+      const Vector mean = mean_at(i);
+      for (int r = 0; r < kRanks; ++r) vector_at(g_[r] + i) = mean;
     }
     host_.barrier();
     float *g = g_[host_.rank()], *w = w_[host_.rank()], *m = m_[host_.rank()];
-    for (size_t i = 0; i < count; i += floors::kElemsPerLine)
-      line_at(w + i) = updated(line_at(g + i), line_at(w + i), line_at(m + i));
+    for (size_t i = 0; i < count; i += floors::kElemsPerVector)
+      vector_at(w + i) = updated(vector_at(g + i), vector_at(w + i), vector_at(m + i));
   }
 
   template <int kCopies>  // of the parameters
   void one_pass(Shard shard) const {
-    for (size_t i = shard.begin; i < shard.end; i += floors::kElemsPerLine) {
-      const Line w = updated(mean_at(i), line_at(w_[0] + i), line_at(m_[0] + i));
-      for (int r = 0; r < kCopies; ++r) line_at(w_[r] + i) = w;
+    for (size_t i = shard.begin; i < shard.end; i += floors::kElemsPerVector) {
+      const Vector w = updated(mean_at(i), vector_at(w_[0] + i), vector_at(m_[0] + i));
+      for (int r = 0; r < kCopies; ++r) vector_at(w_[r] + i) = w;
     }
   }
 
  private:
-  Line mean_at(size_t i) const {
-    Line sum = line_at(g_[0] + i);
-    for (int r = 1; r < kRanks; ++r) sum += line_at(g_[r] + i);
+  Vector mean_at(size_t i) const {
+    Vector sum = vector_at(g_[0] + i);
+    for (int r = 1; r < kRanks; ++r) sum += vector_at(g_[r] + i);
     return sum * (1.0f / kRanks);
   }
 
