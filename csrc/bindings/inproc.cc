@@ -59,7 +59,8 @@ class InprocGroup {
     return {.sequence = ++sequence_,
             .layout = 0,
             .deadline = Deadline(timeout_s),
-            .patience = kSleepSoon};
+            .patience = kSleepSoon,
+            .present_patience = kSleepSoon};
   }
 
   ScheduledGroup group_;

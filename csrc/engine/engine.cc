@@ -86,6 +86,7 @@ bool Engine::run_here(const Task& task, uint64_t layout, const std::function<voi
                        .layout = layout,
                        .deadline = Deadline(timeout_s_),
                        .patience = patience_,
+                       .present_patience = patience_,
                        .on_slice = &on_slice});
   } catch (...) {
     error = std::current_exception();
@@ -107,6 +108,7 @@ void Engine::execute(Work& work) {
                              .layout = work.layout_,
                              .deadline = Deadline(timeout_s_),
                              .patience = kSleepSoon,
+                             .present_patience = patience_,
                              .arrivals_s = work.times_.arrivals_s.data(),
                              .findings = &work.findings_});
   } catch (...) {

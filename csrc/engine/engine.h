@@ -53,8 +53,8 @@ class Engine {
  public:
   using Task = std::function<void(Group&, const Call&)>;
 
-  // `patience` of a caller's own thread; the worker always sleeps soon, since it competes with
-  // compute.
+  // `patience` of a caller's own thread. The worker sleeps soon until all ranks have come, since it
+  // competes with compute; then the others are at work too, and it waits like a caller.
   Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience);
   ~Engine();
 

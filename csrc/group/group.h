@@ -43,7 +43,8 @@ struct Call {
   uint64_t sequence;  // the how-manyeth collective of this communicator, from 1; equal on all ranks
   uint64_t layout;    // hash of what the caller believes the buffer holds; 0 when it has no opinion
   Deadline deadline;
-  Patience patience;
+  Patience patience;          // until all ranks have come
+  Patience present_patience;  // afterwards, while they do their shares
   double* arrivals_s =
       nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
   Findings* findings =

@@ -37,7 +37,7 @@ SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, con
   const size_t parity = mine.sequence % 2;
   const uint64_t buffer_id = where.buffer ? where.buffer->id : 0;
   page(rank()).notices[parity] = {mine, buffer_id, where.offset_bytes, now_s()};
-  next_phase(call);
+  next_phase(call, call.patience);
 
   bool agreed = true, same_place = buffer_id != 0, ordinary = true;
   for (int r = 0; r < size(); ++r) {
@@ -53,14 +53,14 @@ SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, con
   throw_mismatch(rank(), by_rank, link_.global_ranks());
 }
 
-void SharedMemoryGroup::next_phase(const Call& call) {
+void SharedMemoryGroup::next_phase(const Call& call, Patience patience) {
   const uint32_t phase = ++phase_;
   page(rank()).flag.publish(phase);
   bool failed = false;
   for (int r = 0; r < size(); ++r) {
     PhaseFlag& flag = page(r).flag;
     await(
-        call.deadline, call.patience, [&] { return flag.reached(phase); },
+        call.deadline, patience, [&] { return flag.reached(phase); },
         [&](double slice_s) { flag.sleep_until(phase, slice_s); },
         [&](bool late) { watch(phase, late, call); });
     failed |= flag.failed.load(std::memory_order_relaxed) != 0;

@@ -136,7 +136,8 @@ class SharedMemoryGroup final : public Group {
   // Announces the call, waits until all have announced theirs, compares.
   Places arrive(const Fingerprint& mine, const Location& where, const Call& call);
   // A barrier: what any rank wrote before is visible to all ranks after.
-  void next_phase(const Call& call);
+  void next_phase(const Call& call) { next_phase(call, call.present_patience); }
+  void next_phase(const Call& call, Patience patience);
   void all_reduce_in_place(const Location& where, Span data, Op op, Findings* findings);
   void all_reduce_staged(Span data, Op op, const Call& call);
   void reduce_slots(unsigned turn, Range elems, DType dtype, Op op, void* to, Findings* findings);
