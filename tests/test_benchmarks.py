@@ -201,7 +201,8 @@ def test_words() -> None:
 
 def test_the_suite_writes_lines_table_and_pictures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_collectives.py", "--quick"]
-    command += ["-k", "2-ranks-4KiB-hot", f"--results={tmp_path}", "-p", "no:cacheprovider"]
+    command += ["-k", "2-ranks-4KiB-hot", "--blocks=1", "-p", "no:cacheprovider"]
+    command += [f"--results={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     (lines,) = tmp_path.glob("*.jsonl")

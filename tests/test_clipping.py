@@ -51,7 +51,7 @@ def check(fn: Job) -> Job:
 
 GIVEN_SHAPES = {
     torch.float64: (1000,),
-    torch.float32: (70, 100),  # more than 16 KiB, of which every rank reduces a shard
+    torch.float32: (350, 200),  # shards of more than a tile of the norm
     torch.bfloat16: (33, 3),
     torch.float16: (257,),
 }
@@ -170,11 +170,12 @@ def grad_scaler_is_refused(comm: par.Communicator) -> None:
 
 
 class Wide(nn.Sequential):
-    """The middle matrix alone is more than 16 KiB, up to which the core takes another path."""
+    """The middle matrix is more than 16 KiB, up to which the core takes another path, and more than a tile of the
+    norm, 64 KiB."""
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)
+            nn.Linear(6, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 2)
         )
 
 
@@ -187,7 +188,8 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
 
 @dataclass(frozen=True)
 class Bad:
-    """Gradient values that ranks bring along: (rank, parameter, element, value), -1 the last rank, None all ranks."""
+    """Gradient values that ranks bring along: (rank, parameter, element, value). Ranks and elements count modulo their
+    number; rank None: all."""
 
     values: tuple[tuple[int | None, str, int, float], ...]
     rank: int | None  # to be reported
@@ -210,6 +212,11 @@ BAD = {
     "first of several elements": Bad(
         ((0, "2.weight", 20, NAN), (-1, "2.weight", 19, INF)), -1, "2.weight"
     ),
+    "first of several tiles": Bad(
+        ((0, "2.weight", -1, NAN), (-1, "2.weight", 12_000, NAN), (0, "0.weight", 0, INF)),
+        -1,
+        "2.weight",
+    ),
     "first of several ranks": Bad(((-1, "2.bias", 2, NAN), (0, "2.bias", 2, INF)), 0, "2.bias"),
 }
 OVERFLOWS = {
@@ -229,7 +236,7 @@ def bringing(model: nn.Module, bad: Bad, comm: par.Communicator) -> Iterator[Non
 
     def replace(gradient: Tensor, element: int, value: float) -> Tensor:
         flat = gradient.flatten().clone()
-        flat[element] = value
+        flat[element % len(flat)] = value
         return flat.view_as(gradient)
 
     handles = [
