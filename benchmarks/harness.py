@@ -185,7 +185,8 @@ class Book:
 
     def __init__(self, folder: Path, flags: Sequence[str], blocks: int) -> None:
         self.machine = machine()
-        self.flags, self.blocks = list(flags), blocks
+        self.flags = [flag for flag in flags if not flag.startswith("--results")]  # a path
+        self.blocks = blocks
         self.path = folder / f"{slug(self.machine)}.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         known = [record for record in map(json.loads, lines) if record["version"] == VERSION]
