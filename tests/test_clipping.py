@@ -170,8 +170,7 @@ def grad_scaler_is_refused(comm: par.Communicator) -> None:
 
 
 class Wide(nn.Sequential):
-    """The middle matrix is more than 16 KiB, up to which the core takes another path, and more than a tile of the
-    norm, 64 KiB."""
+    """The middle matrix is beyond what the core reduces in one phase, and beyond a tile of the norm (64 KiB)."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -113,8 +113,16 @@ def staged_counts(n: int, itemsize: int) -> list[int]:
     """Around every boundary: of the path, of a rank's area in a slot, of a chunk, of a shorter last chunk."""
     area = bytes_in_the_core("kTurnBytes") // n // 64 * 64
     chunk = n * area
-    boundaries = [bytes_in_the_core("kOnePhaseBytes"), area, chunk, chunk + area]
-    boundaries += [chunk + (n - 1) * area, 2 * chunk, 2 * chunk + area // 2, 3 * chunk]
+    boundaries = [bytes_in_the_core(f"kOnePhase{which}Bytes") for which in ("Symmetric", "")]
+    boundaries += [
+        area,
+        chunk,
+        chunk + area,
+        chunk + (n - 1) * area,
+        2 * chunk,
+        2 * chunk + area // 2,
+        3 * chunk,
+    ]
     return sorted({b // itemsize + d for b in boundaries for d in (-1, 0, 1)})
 
 
@@ -131,25 +139,41 @@ def digits(rank: int, call: int, numel: int) -> torch.Tensor:
     return random_digits()[begin : begin + numel]
 
 
+# Of a tensor: ordinary memory; symmetric memory at the same offset everywhere, or at another on each rank; or one
+# kind on some ranks, the other on the rest. All but "same" are staged.
+PLACES = ["ordinary", "same", "ordinary", "elsewhere", "mixed"]
+
+
 class Staging:
-    """Calls on plain tensors, each with fresh values, whose results are checked exactly."""
+    """Calls with fresh values, whose results are checked exactly."""
 
     def __init__(self, rank: int, n: int) -> None:
         self.rank, self.n, self.call = rank, n, 0
         self.comm = par.init()
+        self.symmetric = self.comm.symmetric_empty(2 << 20, torch.uint8)
         self.pending: list[tuple[Any, torch.Tensor, torch.Tensor, str]] = []
 
     def of_all(self, numel: int) -> list[torch.Tensor]:
         return [digits(r, self.call, numel) for r in range(self.n)]
 
-    def all_reduce(self, numel: int, dtype: torch.dtype, op: str = "sum") -> None:
+    def put(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        if place == "ordinary" or (place == "mixed" and self.rank % 2):
+            return tensor.clone()
+        self.check()  # what is on its way may use the same memory
+        begin = 64 * self.rank if place == "elsewhere" else 0
+        part = self.symmetric[begin : begin + tensor.nbytes].view(tensor.dtype)
+        return part.copy_(tensor)
+
+    def all_reduce(
+        self, numel: int, dtype: torch.dtype, op: str = "sum", place: str = "ordinary"
+    ) -> None:
         self.call += 1
         want = functools.reduce(COMBINE[op], self.of_all(numel)).to(dtype)
-        tensor = digits(self.rank, self.call, numel).to(dtype, copy=True)
+        tensor = self.put(digits(self.rank, self.call, numel).to(dtype), place)
         if self.rank == self.call % self.n:
             time.sleep(0.0005)  # the others sleep by then, and wake up behind this one
         work = self.comm.all_reduce(tensor, op, async_op=self.call % 3 == 0)
-        self.pending.append((work, tensor, want, f"{numel} {dtype} {op}"))
+        self.pending.append((work, tensor, want, f"{numel} {dtype} {op} {place}"))
         if work is None:
             self.check()
 
@@ -184,11 +208,12 @@ class Staging:
 
 def staged_all_reduces(rank: int, n: int) -> None:
     staging = Staging(rank, n)
+    places = itertools.cycle(PLACES)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.uint8):
         counts = staged_counts(n, dtype.itemsize)
         for numel, lengths in zip(counts, itertools.cycle([1_000, 20_000, 700_000])):
             staging.other(lengths)
-            staging.all_reduce(numel, dtype, "max" if numel % 3 == 0 else "sum")
+            staging.all_reduce(numel, dtype, "max" if numel % 3 == 0 else "sum", next(places))
         for numel in counts[::-1]:
             staging.all_reduce(numel, dtype)
         staging.check()
