@@ -35,7 +35,7 @@ format: $(VENV)/.installed
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[train,test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,test,bench,lint]'
 	touch $@
 
 clean:

@@ -8,41 +8,57 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.bookkeeping import METHODS, Bookkeeping
+from benchmarks.collectives import Case
 from benchmarks.harness import Book, Samples, interleave
-from benchmarks.native import Program, core_program, floor_program
+from benchmarks.native import Program, core_program
 from benchmarks.peers import RankSets
 from benchmarks.training import overhead_us
 
-BYTES = 4 << 10
+KIB, MIB = 1 << 10, 1 << 20
+METHODS_OF_CORE = ["core", "floor"]  # on the same memory, in the same processes
 BLOCK_S = 0.05
-MIN_CALLS = 20
+MIN_CALLS = 5
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks}-ranks")
-def latency(request: pytest.FixtureRequest, book: Book, blocks: int) -> dict[str, Samples]:
-    ranks: int = request.param
-    programs = [
-        Program("core", core_program("core_latency"), "symmetric", ranks, BYTES),
-        Program("floor", floor_program("all_reduce"), "shared", ranks, BYTES),
-    ]
+def core_cases(quick: bool) -> list[Case]:
+    large = [] if quick else [(25 * MIB, "hot"), (25 * MIB, "cold"), (100 * MIB, "hot")]
+    return [Case(n, *how) for n in (2, 4) for how in ((4 * KIB, "hot"), *large)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "core" in metafunc.fixturenames:
+        wanted = core_cases(metafunc.config.getoption("quick"))
+        metafunc.parametrize("core", wanted, ids=str, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def core(request: pytest.FixtureRequest, book: Book, blocks: int) -> dict[str, Samples]:
+    case: Case = request.param
+    program = Program(
+        METHODS_OF_CORE,
+        core_program("core_all_reduce"),
+        "symmetric",
+        case.ranks,
+        case.nbytes,
+        case.cache == "cold",
+    )
     try:
-        samples = interleave(programs, blocks, BLOCK_S, MIN_CALLS)
+        samples = interleave([program], blocks, BLOCK_S, MIN_CALLS)
     finally:
-        for program in programs:
-            program.close()
-    book.add("core_latency", samples, ranks=ranks, bytes=BYTES)
+        program.close()
+    book.add("core", samples, ranks=case.ranks, bytes=case.nbytes, cache=case.cache)
     return samples
 
 
-@pytest.mark.parametrize("method", ["core", "floor"])
-def test_core_latency(
-    latency: dict[str, Samples],
+@pytest.mark.parametrize("method", METHODS_OF_CORE)
+def test_core(
+    core: dict[str, Samples],
     method: str,
     replay: Callable[[str, Samples], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    replay(f"core latency, {request.node.callspec.params['latency']} ranks", latency[method])
-    assert latency[method].wrong == 0
+    replay(f"core, {request.node.callspec.params['core']}", core[method])
+    assert core[method].wrong == 0
 
 
 def test_fingerprint(book: Book, blocks: int, replay: Callable[[str, Samples], None]) -> None:

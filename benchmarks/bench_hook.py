@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.harness import Book, Samples, interleave
 from benchmarks.peers import RankSets
-from benchmarks.training import Training, overhead_us
+from benchmarks.training import NO_COMMUNICATION, Training, overhead_us
 
 RANKS = 2
-WAYS = ["DDP (gloo)", "DDP + our hook"]
+WAYS = ["DDP (gloo)", "DDP + our hook", NO_COMMUNICATION]
 STEPS = {"mlp": 20, "resnet18": 6, "resnet50": 3, "vgg11": 1}  # of a block
 QUICK = ["mlp", "resnet18"]
 

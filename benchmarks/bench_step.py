@@ -57,7 +57,7 @@ class Measured:
 
     def add_floors(self, nbytes: int, blocks: int) -> None:
         program = floor_program("update")
-        floors = [Program(label, program, mode, RANKS, nbytes) for label, mode in FLOORS.items()]
+        floors = [Program([label], program, mode, RANKS, nbytes) for label, mode in FLOORS.items()]
         try:
             for name, found in interleave(floors, blocks, 0.0, 3).items():
                 self._merge(name, found)

@@ -191,7 +191,7 @@ class Collective:
 def sources_of(case: Case, sets: list[RankSet]) -> tuple[list[Source], list[Program]]:
     """All that can measure the case; the floor programs among them are to be closed."""
     floors = [
-        Program(label, floor_program(name), mode, case.ranks, case.nbytes, case.cache == "cold")
+        Program([label], floor_program(name), mode, case.ranks, case.nbytes, case.cache == "cold")
         for label, (name, mode) in FLOORS.items()
         if case.cache != BACK_TO_BACK  # which says nothing about memory
     ]

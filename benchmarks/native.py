@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,10 +71,10 @@ def floor_program(name: str) -> Path:
 def core_program(name: str) -> Path:
     """A program of micro/, linked with the core's own sources."""
     source = HERE / "micro" / f"{name}.cpp"
-    headers = [*CSRC.rglob("*.h"), source]
+    headers = [*CSRC.rglob("*.h"), *(HERE / "floors").glob("*.h"), source]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda s: _core_object(s, headers), _core_sources()))
-    command = [compiler(), "-std=c++20", "-O3", "-Wall", "-Wextra", f"-I{CSRC}", str(source)]
+    command = [compiler(), *FLAGS, f"-I{CSRC}", str(source)]
     command += [*map(str, objects), "-pthread"]
     return _compile(command, BUILD / name, [source, *objects])
 
@@ -106,12 +107,19 @@ def _core_object(source: Path, headers: list[Path]) -> Path:
 
 
 class Program:
-    """A program that measures on command, as one method; see floors/host.h for what it reads and answers."""
+    """A program that measures on command; see floors/host.h for what it reads and answers. ``methods`` names what it
+    measures, in its order."""
 
     def __init__(
-        self, label: str, path: Path, mode: str, ranks: int, nbytes: int, cold: bool = False
+        self,
+        methods: Sequence[str],
+        path: Path,
+        mode: str,
+        ranks: int,
+        nbytes: int,
+        cold: bool = False,
     ) -> None:
-        self.methods = (label,)
+        self.methods = tuple(methods)
         self._cold = cold
         evict = evict_bytes() if cold else 0
         command = [str(path), str(ranks), str(nbytes), mode, str(evict)]
@@ -122,7 +130,8 @@ class Program:
     def block(self, method: str, calls: int, first: int) -> Block:
         start = time.monotonic()
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{calls} {int(self._cold)} {first}\n".encode())
+        command = f"{calls} {int(self._cold)} {first} {self.methods.index(method)}\n"
+        self._process.stdin.write(command.encode())
         self._process.stdin.flush()
         lines = [self._line(start + BLOCK_DEADLINE_S).split() for _ in range(calls + 1)]
         *times, (word, wrong) = lines

@@ -15,20 +15,20 @@ Definitions (all times in seconds of one step, from the start of forward to the 
     compute slowdown        |C| of the full step / |C| without communication
 
 The step is |C| + |M minus C| + idle, so by ablation the exposed time is that of the trace, plus how much slower compute
-is beside communication (the same cores, the same memory), plus the difference in idle time: what a trace of
-communication cannot see. Both parts are printed where trace and ablation differ by more than 10 %.
-Times are means over the ranks and medians over steps; differences are taken block by block, then their median.
+is beside communication (the same cores, the same memory), plus the difference in idle time, minus what is exposed even
+without communication (an eager update beyond backward): what a trace of communication cannot see. These parts are
+printed where trace and ablation differ by more than 10 %; they add up, because all times are means, over the ranks and
+over the steps of all blocks but those two whose exposed time by ablation is the largest and the smallest.
 """
 
 from __future__ import annotations
 
 import argparse
-import operator
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -68,12 +68,7 @@ def _ours(rank: Rank) -> Collective:
 
 
 def _nothing(rank: Rank) -> Collective:
-    def done(bucket: dist.GradBucket) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    return done
+    return lambda bucket: training.done_at_once(None, bucket)
 
 
 @dataclass
@@ -88,6 +83,12 @@ class StepTimes:
     @property
     def idle_s(self) -> float:
         return self.wall_s - self.compute_s - self.exposed_s
+
+
+def _mean(times: list[StepTimes]) -> StepTimes:
+    return StepTimes(
+        *(statistics.fmean(column) for column in zip(*map(astuple, times), strict=True))
+    )
 
 
 class RecordedDDP:
@@ -255,12 +256,15 @@ class Ablation:
         slowest = [max(times.wall_s for times in step) for step in steps]
         return Block(slowest, [step[0].wall_s for step in steps], 0, time.monotonic() - start)
 
-    def by_block(self, variant: str, name: str, blocks: int) -> list[float]:
-        """Of the last blocks: the median over steps of the mean over ranks."""
-        return [
-            statistics.median(statistics.fmean(getattr(t, name) for t in step) for step in steps)
-            for steps in self._blocks[variant][-blocks:]
+    def means(self, blocks: int) -> dict[str, StepTimes]:
+        """By variant, over the last blocks without the two extreme ones."""
+        by_block = [
+            {v: _mean([times for step in self._blocks[v][b] for times in step]) for v in VARIANTS}
+            for b in range(-blocks, 0)
         ]
+        by_block.sort(key=lambda means: means["full"].wall_s - means["no communication"].wall_s)
+        inner = by_block[1:-1] if blocks > 2 else by_block
+        return {v: _mean([means[v] for means in inner]) for v in VARIANTS}
 
     def close(self) -> None:
         self._ranks.call(discard)
@@ -268,50 +272,56 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Overlap:
-    """The figures of one model and backend; seconds."""
+    """The figures of one model and backend: the mean step with communication, and without, and communication alone."""
 
-    full_s: float
-    nocomm_s: float
-    comm_only_s: float
-    traced_comm_s: float
-    traced_exposed_s: float
-    exposed_s: float  # by ablation; may be negative
-    compute_slowdown: float
-    slower_compute_s: float
-    more_idle_s: float
+    full: StepTimes
+    nocomm: StepTimes
+    comm_only: StepTimes
+
+    @property
+    def exposed_s(self) -> float:
+        """By ablation; may be negative."""
+        return self.full.wall_s - self.nocomm.wall_s
 
     @property
     def overlap_ratio(self) -> float | None:
-        if self.traced_comm_s == 0:
+        if self.full.comm_s == 0:
             return None
-        return 1 - self.traced_exposed_s / self.traced_comm_s
+        return 1 - self.full.exposed_s / self.full.comm_s
 
     @property
     def hidden_fraction(self) -> float:
-        return 1 - self.exposed_s / self.comm_only_s
+        return 1 - self.exposed_s / self.comm_only.wall_s
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """What the ablation sees and the trace does not; their sum is the difference between the two."""
+        full, nocomm = self.full, self.nocomm
+        return {
+            "compute": full.compute_s - nocomm.compute_s,
+            "idle": full.idle_s - nocomm.idle_s,
+            "exposed anyway": -nocomm.exposed_s,
+        }
 
     def verdict(self) -> str:
-        difference_s = self.exposed_s - self.traced_exposed_s
-        if abs(difference_s) <= AGREE * max(abs(self.exposed_s), abs(self.traced_exposed_s)):
+        difference_s = self.exposed_s - self.full.exposed_s
+        if abs(difference_s) <= AGREE * max(abs(self.exposed_s), self.full.exposed_s):
             return "agree"
-        return (
-            f"differ by {difference_s * 1e3:+.1f} ms: "
-            f"compute {self.slower_compute_s * 1e3:+.1f}, idle {self.more_idle_s * 1e3:+.1f}"
-        )
+        parts = ", ".join(f"{name} {part_s * 1e3:+.1f}" for name, part_s in self.parts_s.items())
+        return f"differ by {difference_s * 1e3:+.1f} ms: {parts}"
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "t_full_us": self.full_s * 1e6,
-            "t_nocomm_us": self.nocomm_s * 1e6,
-            "t_comm_us": self.comm_only_s * 1e6,
-            "trace_exposed_us": self.traced_exposed_s * 1e6,
-            "trace_comm_busy_us": self.traced_comm_s * 1e6,
+            "t_full_us": self.full.wall_s * 1e6,
+            "t_nocomm_us": self.nocomm.wall_s * 1e6,
+            "t_comm_us": self.comm_only.wall_s * 1e6,
+            "trace_exposed_us": self.full.exposed_s * 1e6,
+            "trace_comm_busy_us": self.full.comm_s * 1e6,
             "overlap_ratio": self.overlap_ratio,
             "ablation_exposed_us": self.exposed_s * 1e6,
             "hidden_fraction": self.hidden_fraction,
-            "compute_slowdown": self.compute_slowdown,
-            "slower_compute_us": self.slower_compute_s * 1e6,
-            "more_idle_us": self.more_idle_s * 1e6,
+            "compute_slowdown": self.full.compute_s / self.nocomm.compute_s,
+            "parts_us": {name: part_s * 1e6 for name, part_s in self.parts_s.items()},
             "verdict": self.verdict(),
         }
 
@@ -325,24 +335,8 @@ def measure(
     finally:
         ablation.close()
 
-    def median(variant: str, name: str) -> float:
-        return statistics.median(ablation.by_block(variant, name, blocks))
-
-    def paired(name: str, combine: Callable[[float, float], float] = operator.sub) -> float:
-        full, nocomm = (ablation.by_block(variant, name, blocks) for variant in VARIANTS[:2])
-        return statistics.median(map(combine, full, nocomm))
-
-    found = Overlap(
-        full_s=median("full", "wall_s"),
-        nocomm_s=median("no communication", "wall_s"),
-        comm_only_s=median("communication only", "wall_s"),
-        traced_comm_s=median("full", "comm_s"),
-        traced_exposed_s=median("full", "exposed_s"),
-        exposed_s=paired("wall_s"),
-        compute_slowdown=paired("compute_s", operator.truediv),
-        slower_compute_s=paired("compute_s"),
-        more_idle_s=paired("idle_s"),
-    )
+    means = ablation.means(blocks)
+    found = Overlap(*(means[variant] for variant in VARIANTS))
     return found, samples
 
 

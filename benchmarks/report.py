@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import overlap
 from benchmarks.harness import Book, Record, markdown, size_name, time_name
+from benchmarks.training import NO_COMMUNICATION
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -156,12 +157,23 @@ def _python_call(ranks: int, cache: str, check: Check) -> Bar:
     return Bar(what, _of(ranks, 4 * KIB, cache), "symmetric", SHARED, (check,))
 
 
+def _core(ranks: int, nbytes: int, cache: str, check: Check) -> Bar:
+    """Without Python; the floor runs on the same memory, in the same processes."""
+    what = f"core alone, {size_name(nbytes)}, {ranks} ranks, {cache}"
+    return Bar(what, _of(ranks, nbytes, cache), "core", SHARED, (check,), "core")
+
+
 COLLECTIVE_BARS = [
     _symmetric(25 * MIB, 2, "hot", 16, 3.5, 1.2),
     _symmetric(25 * MIB, 2, "cold", 16, 3.5, 1.2),
     _symmetric(100 * MIB, 2, "hot", 8, 2.5, 1.2),
     _symmetric(100 * MIB, 2, "cold", 8, 2.5, 1.2),
     _symmetric(25 * MIB, 4, "hot", 10, 3.5, 1.3),
+    *(
+        _core(ranks, nbytes, cache, NearFloor(1.1, SHARED))
+        for ranks in (2, 4)
+        for nbytes, cache in ((25 * MIB, "hot"), (25 * MIB, "cold"), (100 * MIB, "hot"))
+    ),
     Bar(
         "all_reduce, plain tensors, 25 MiB, 2 ranks, hot",
         _of(2, 25 * MIB),
@@ -178,7 +190,7 @@ COLLECTIVE_BARS = [
     ),
     _python_call(2, "back to back", AtMost(5)),
     _python_call(2, "hot", AtMost(5)),
-    Bar("4 KiB, 2 ranks, core alone", {"ranks": 2}, "core", SHARED, (AtMost(1.5),), "core_latency"),
+    _core(2, 4 * KIB, "hot", AtMost(1.5)),
     _python_call(4, "back to back", AtMost(20)),
     _python_call(4, "hot", FasterThan(1, MPIS, "best MPI")),
 ]
@@ -202,12 +214,17 @@ def _step_row(book: Book, model: str, way: str, share: float, floor: str) -> Row
 
 def _hook_rows(book: Book) -> Iterator[Row]:
     for record in book.select("hook"):
-        ours, gloo = (record["methods"][m]["median_us"] for m in ("DDP + our hook", "DDP (gloo)"))
+        ours, gloo, floor = (
+            record["methods"][way]["median_us"]
+            for way in ("DDP + our hook", "DDP (gloo)", NO_COMMUNICATION)
+        )
         shorter = record["extra"]["gain_us"] / gloo
         least = 0.15 if record["model"] == "resnet50" else 0.0
         bar = "step >= 15 % shorter" if least else "never slower"
         what = f"DDP with our hook against DDP (gloo), {record['model']}"
-        yield Row(what, time_name(ours), [Verdict(bar, f"{shorter:.1%} shorter", shorter >= least)])
+        figure = f"{time_name(ours)} (without communication {time_name(floor)})"
+        found = f"{shorter:.1%} shorter; {ours / floor:.2f} x without communication"
+        yield Row(what, figure, [Verdict(bar, found, shorter >= least)])
 
 
 def _bookkeeping_row(book: Book) -> Row:

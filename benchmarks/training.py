@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 import pyallreduce as par
@@ -22,6 +24,7 @@ from benchmarks.rank import Rank
 
 PIXELS, CLASSES = 64, 1000
 RATE, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
+NO_COMMUNICATION = "DDP, no communication"
 PHASES = ("forward", "backward", "update", "zero")
 
 
@@ -86,6 +89,23 @@ def ddp_hook(rank: Rank, module: nn.Module) -> Way:
     return Way(module, net, _torch_sgd(module))
 
 
+def ddp_alone(rank: Rank, module: nn.Module) -> Way:
+    """A floor: DDP's own work, and no communication. No rank waits for another."""
+    net = DistributedDataParallel(module)
+    net.register_comm_hook(None, done_at_once)
+    return Way(module, net, _torch_sgd(module))
+
+
+def done_at_once(state: Any, bucket: dist.GradBucket) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+# DDP reads annotations, and knows these only as objects.
+done_at_once.__annotations__.update(bucket=dist.GradBucket, **{"return": Future[torch.Tensor]})
+
+
 def _aggregated(rank: Rank, module: nn.Module, **options: Any) -> Way:
     optimizer = par.SGD(module.parameters(), RATE, MOMENTUM, DECAY, nesterov=True)
     aggregator = par.GradientAggregator(module, rank.comm, optimizer=optimizer, **options)
@@ -109,6 +129,7 @@ WAYS = {
     "DDP (gloo)": ddp,
     "DDP (gloo), fused SGD": ddp_fused,
     "DDP + our hook": ddp_hook,
+    NO_COMMUNICATION: ddp_alone,
     "aggregator, step": step,
     "aggregator, eager": eager,
     "aggregator, eager, shared": eager_shared,
@@ -225,7 +246,8 @@ class Training:
         self.answers[method].append(answers)
         by_rank = [[sum(phases) for phases in answer.phases] for answer in answers]
         slowest = [max(step) for step in zip(*by_rank, strict=True)]
-        differing = 0 if method == "plain" else len({answer.digest for answer in answers}) - 1
+        alone = method in ("plain", NO_COMMUNICATION)
+        differing = 0 if alone else len({answer.digest for answer in answers}) - 1
         return Block(slowest, by_rank[0], differing, time.monotonic() - start)
 
     def first_losses(self) -> dict[str, list[float]]:

@@ -63,7 +63,7 @@ def test_pattern_notices_old_misplaced_and_missing_data() -> None:
 )
 @pytest.mark.parametrize(("ranks", "cold"), [(2, False), (2, True), (3, False), (4, False)])
 def test_floors_are_right(program: str, mode: str, ranks: int, cold: bool) -> None:
-    source = Program("floor", floor_program(program), mode, ranks, NBYTES, cold)
+    source = Program(["floor"], floor_program(program), mode, ranks, NBYTES, cold)
     try:
         for first in (0, 3):
             block = source.block("floor", calls=3, first=first)

@@ -1,10 +1,11 @@
 // What the floor programs share: ranks as forked processes around one shared arena, a barrier,
 // fresh data for every round and its check, and a command loop.
 //
-// A program measures on command: a line "ROUNDS COLD FIRST" on its standard input makes every rank
-// run ROUNDS rounds; the answer is one line a round, the seconds of the slowest rank and of rank 0,
-// then "wrong K", the number of elements that did not hold what they should. Between commands all
-// ranks are blocked in a read, so that others can measure.
+// A program measures on command: a line "ROUNDS COLD FIRST METHOD" on its standard input makes
+// every rank run ROUNDS rounds of the METHOD (counted from 0; most programs have one); the answer
+// is one line a round, the seconds of the slowest rank and of rank 0, then "wrong K", the number of
+// elements that did not hold what they should. Between commands all ranks are blocked in a read, so
+// that others can measure.
 #pragma once
 
 #include <algorithm>
@@ -51,13 +52,11 @@ inline double now_s() {
   std::exit(1);
 }
 
-// Zeroed pages. `shared`: by the forked ranks
-// owns its memory would ask for; private memory is what an ordinary allocation gives a tensor.
+// Zeroed pages; `shared` by the forked ranks, or private, as an ordinary allocation gives a tensor.
 inline void* map(size_t bytes, bool shared) {
   void* at = mmap(nullptr, std::max<size_t>(bytes, 1), PROT_READ | PROT_WRITE,
                   (shared ? MAP_SHARED : MAP_PRIVATE) | MAP_ANONYMOUS, -1, 0);
   if (at == MAP_FAILED) fail("mmap");
-
   return at;
 }
 
@@ -133,6 +132,7 @@ class Pattern {
 struct Command {
   int rounds = 0, cold = 0;
   long first = 0;
+  int method = 0;
 };
 
 class Host {
@@ -180,8 +180,8 @@ class Host {
         sched_yield();
   }
 
-  // rewrite(round) fills this rank's data; timed() is what is measured; wrong(round) checks all of
-  // it.
+  // rewrite(round) fills this rank's data; timed(method) is what is measured; wrong(round) checks
+  // all of it.
   template <typename Rewrite, typename Timed, typename Wrong>
   int serve(size_t evict_bytes, Rewrite rewrite, Timed timed, Wrong wrong) {
     std::vector<char> evict(evict_bytes);
@@ -195,7 +195,7 @@ class Host {
             evict[at] = static_cast<char>(evict[at] + 1);
         barrier();
         const double start = now_s();
-        timed();
+        timed(command.method);
         state_.seconds[rank_][i] = now_s() - start;
         state_.wrong.fetch_add(wrong(command.first + i), std::memory_order_relaxed);
         barrier();
@@ -231,10 +231,10 @@ class Host {
     }
     std::array<char, 128> text;
     if (!std::fgets(text.data(), text.size(), stdin)) return false;
-    const int read =
-        std::sscanf(text.data(), "%d %d %ld", &command.rounds, &command.cold, &command.first);
-    if (read != 3 || command.rounds < 0 || command.rounds > kMaxRounds)
-      std::fprintf(stderr, "expected ROUNDS COLD FIRST, got %s", text.data()), std::exit(2);
+    const int read = std::sscanf(text.data(), "%d %d %ld %d", &command.rounds, &command.cold,
+                                 &command.first, &command.method);
+    if (read != 4 || command.rounds < 0 || command.rounds > kMaxRounds)
+      std::fprintf(stderr, "expected ROUNDS COLD FIRST METHOD, got %s", text.data()), std::exit(2);
     state_.command = command;
     for (const int waker : wakers_)
       if (write(waker, &byte, 1) != 1) fail("write");

@@ -136,7 +136,7 @@ int serve(floors::Host& host, const floors::Arguments& args, float* mine, Way wa
   const floors::Pattern pattern(host.ranks());
   return host.serve(
       args.evict_bytes, [&](long round) { pattern.write(mine, args.count, host.rank(), round); },
-      [&] { way.run(); },
+      [&](int) { way.run(); },
       [&](long round) {
         return pattern.count_wrong(args.count, round,
                                    [&](size_t i, float sum) { return mine[i] == sum; });

@@ -83,7 +83,7 @@ int serve(floors::Host& host, const floors::Arguments& args, const Arrays& array
         pattern.write(arrays.gradients[own], args.count, host.rank(),
                       round);  // last, as backward does
       },
-      [&] {
+      [&](int) {
         host.barrier();
         if (args.is("two-pass")) update.two_pass(shard, args.count);
         if (args.is("one-pass")) update.template one_pass<kRanks>(shard);

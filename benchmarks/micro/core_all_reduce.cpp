@@ -1,9 +1,10 @@
 // An all-reduce of the core without Python: the engine's synchronous call on symmetric memory,
-// protocol and checks included. Measures on command, like a floor (../floors/host.h).
-#include <sched.h>
+// protocol and checks included; and the floor on the same memory, by the same processes. Pages lie
+// where they lie, in one program better than in another: only this pair says what the core adds.
+// Measures on command, like a floor (../floors/host.h).
 #include <string>
 
-#include "../floors/host.h"
+#include "../floors/reduce.h"
 #include "engine/engine.h"
 #include "group/shared_memory_group.h"
 
@@ -36,9 +37,17 @@ int main(int argc, char** argv) {
   const pyar::Engine::Task task = [&](pyar::Group& any, const pyar::Call& call) {
     any.all_reduce(span, pyar::Op::kSum, call);
   };
+  std::vector<float*> buffers;
+  for (int r = 0; r < args.ranks; ++r) buffers.push_back(reinterpret_cast<float*>(buffer->part(r)));
+  const floors::Shard shard = floors::shard_of(args.count, host.rank(), args.ranks);
   return host.serve(
       args.evict_bytes, [&](long round) { pattern.write(mine, args.count, host.rank(), round); },
-      [&] { engine.run(task, 0, on_slice); },
+      [&](int method) {
+        if (method == 0)
+          engine.run(task, 0, on_slice);
+        else
+          floors::all_reduce(host, buffers, shard);
+      },
       [&](long round) {
         return pattern.count_wrong(args.count, round,
                                    [&](size_t i, float sum) { return mine[i] == sum; });
