@@ -25,6 +25,7 @@ from benchmarks.rank import Rank
 PIXELS, CLASSES = 64, 1000
 RATE, MOMENTUM, DECAY = 1e-4, 0.9, 1e-4
 NO_COMMUNICATION = "DDP, no communication"
+ALONE = ("plain", NO_COMMUNICATION)  # ways in which every rank trains a module of its own
 PHASES = ("forward", "backward", "update", "zero")
 
 
@@ -246,14 +247,14 @@ class Training:
         self.answers[method].append(answers)
         by_rank = [[sum(phases) for phases in answer.phases] for answer in answers]
         slowest = [max(step) for step in zip(*by_rank, strict=True)]
-        alone = method in ("plain", NO_COMMUNICATION)
-        differing = 0 if alone else len({answer.digest for answer in answers}) - 1
+        differing = 0 if method in ALONE else len({answer.digest for answer in answers}) - 1
         return Block(slowest, by_rank[0], differing, time.monotonic() - start)
 
     def first_losses(self) -> dict[str, list[float]]:
-        """Of the first steps of each way that updates, on rank 0: every way starts alike and sees the same data."""
+        """Of the first steps of each way that trains together, on rank 0: every way starts alike and sees the same
+        data."""
         return {
-            name: blocks[0][0].losses for name, blocks in self.answers.items() if name != "plain"
+            name: blocks[0][0].losses for name, blocks in self.answers.items() if name not in ALONE
         }
 
     def phases_us(self, blocks: int) -> dict[str, dict[str, float]]:
