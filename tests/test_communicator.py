@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import operator
+import os
 import re
 import time
 from pathlib import Path
@@ -436,3 +437,21 @@ def more_than_2_31_elements(rank: int, n: int) -> None:
 
 def test_more_than_2_31_elements() -> None:
     run_ranks(2, more_than_2_31_elements, deadline_s=100)
+
+
+def crowded_calls(rank: int, n: int) -> None:
+    comm = par.init()
+    everywhere = os.sched_getaffinity(0)
+    for mine in (
+        {min(everywhere)},
+        everywhere,
+    ):  # first all on one core, so that the ranks then spread
+        os.sched_setaffinity(0, mine)
+        for _ in range(200):
+            comm.barrier()
+        assert os.sched_getaffinity(0) == mine
+    comm.close()
+
+
+def test_ranks_that_outnumber_the_cores_stay_where_their_user_allows_them() -> None:
+    run_ranks(len(os.sched_getaffinity(0)) + 2, crowded_calls)

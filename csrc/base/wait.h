@@ -25,6 +25,7 @@ class Deadline {
 struct Patience {
   int spins;       // about 40 ns each; wasted when the peer needs this very core
   double yield_s;  // then others may run; ends with their first whole time slice
+  bool is_crowded() const { return spins == 0; }
 };
 // Every rank has a core: nobody is delayed by spinning.
 inline constexpr Patience kSpinFirst{.spins = 2000, .yield_s = 50e-6};

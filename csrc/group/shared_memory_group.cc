@@ -37,6 +37,7 @@ SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, con
   const size_t parity = mine.sequence % 2;
   const uint64_t buffer_id = where.buffer ? where.buffer->id : 0;
   page(rank()).notices[parity] = {mine, buffer_id, where.offset_bytes, now_s()};
+  if (call.patience.is_crowded()) spread_out();
   next_phase(call, call.patience);
 
   bool agreed = true, same_place = buffer_id != 0, ordinary = true;
@@ -67,6 +68,26 @@ void SharedMemoryGroup::next_phase(const Call& call, Patience patience) {
   }
   // All have come, but some have given up since, on this late rank for example.
   if (failed) watch(phase, /*late=*/false, call);
+}
+
+void SharedMemoryGroup::spread_out() {
+  const auto cpu_of = [&](int r) { return page(r).flag.cpu.load(std::memory_order_relaxed); };
+  const int here = current_cpu();
+  page(rank()).flag.cpu.store(here, std::memory_order_relaxed);
+  // Of several that want to go, the last goes.
+  for (int r = rank() + 1; r < size(); ++r)
+    if (cpu_of(r) == here) return;
+  const auto ranks_on = [&](int cpu) {
+    int count = 0;
+    for (int r = 0; r < size(); ++r) count += cpu_of(r) == cpu;
+    return count;
+  };
+  const int crowd = ranks_on(here);
+  if (crowd * static_cast<int>(cpus_.size()) <= size()) return;  // not more than its share
+  if (now_s() < moved_s_ + kMoveIntervalS) return;
+  moved_s_ = now_s();
+  for (const int cpu : cpus_)
+    if (ranks_on(cpu) + 2 <= crowd && move_to_cpu(cpu)) return;
 }
 
 void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {

@@ -20,8 +20,9 @@ void futex_wake_all(std::atomic<uint32_t>& word);
 struct alignas(kCacheLine) PhaseFlag {
   std::atomic<uint32_t> phase;
   std::atomic<uint32_t> sleepers;
-  std::atomic<uint32_t>
-      failed;  // the owner will go no further; on this line because every waiter reads it anyway
+  // On this line because every waiter reads it anyway.
+  std::atomic<uint32_t> failed;  // the owner will go no further
+  std::atomic<int32_t> cpu;      // where the owner was last seen, if ranks outnumber the cores
 
   // Publishes everything the owner wrote before: pairs with the acquire in reached().
   void publish(uint32_t value) {
