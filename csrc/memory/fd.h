@@ -1,25 +1,30 @@
-// An owned file descriptor: its destructor is the only clean-up path.
+// An owned file descriptor: its destructor is the only clean-up path. Forked children have closed
+// it before anything else runs in them; their copies of the object own nothing.
 #pragma once
 
 #include <cstddef>
-#include <unistd.h>
 #include <utility>
+
+#include "base/fork.h"
 
 namespace pyar {
 
 class Fd {
  public:
   Fd() = default;
-  explicit Fd(int fd) : fd_(fd) {}
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  explicit Fd(int fd) : fd_(fd) {
+    if (fd_ >= 0) close_in_children(fd_);
+  }
+  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)), owner_(other.owner_) {}
   Fd& operator=(Fd&& other) noexcept {
     std::swap(fd_, other.fd_);
+    std::swap(owner_, other.owner_);
     return *this;
   }
   Fd(const Fd&) = delete;
   Fd& operator=(const Fd&) = delete;
   ~Fd() {
-    if (fd_ >= 0) ::close(fd_);
+    if (fd_ >= 0 && owner_.is_this_one()) close_descriptor(fd_);
   }
 
   int get() const { return fd_; }
@@ -27,6 +32,7 @@ class Fd {
 
  private:
   int fd_ = -1;
+  OwnerProcess owner_;
 };
 
 // A message over a unix socket, with at most one descriptor beside it (`attached` < 0: none). The
