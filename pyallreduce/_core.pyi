@@ -99,6 +99,9 @@ class Communicator:
         """``scale``: of the sum of all ranks' gradients; of this rank's, if they are reduced already."""
 
     def allocate(self, num_elems: int, dtype: DType, one_copy: bool, /) -> Part: ...
+    def refuse_forked_child(self) -> None:
+        """UsageError there."""
+
     def close(self) -> None: ...
 
 class kernels:

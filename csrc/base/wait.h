@@ -3,21 +3,30 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <sched.h>
 
 #include "base/clock.h"
 
 namespace pyar {
 
+// When a wait ends at the latest, and who may end it before.
 class Deadline {
  public:
-  explicit Deadline(double timeout_s) : timeout_s_(timeout_s), at_s_(now_s() + timeout_s) {}
+  // *on_slice, if given, runs after every slice of every wait until this deadline, on the thread
+  // that waits, and may throw.
+  explicit Deadline(double timeout_s, const std::function<void()>* on_slice = nullptr)
+      : timeout_s_(timeout_s), at_s_(now_s() + timeout_s), on_slice_(on_slice) {}
   double timeout_s() const { return timeout_s_; }
   double remaining_s() const { return std::max(0.0, at_s_ - now_s()); }
   bool passed() const { return now_s() >= at_s_; }
+  void on_slice() const {
+    if (on_slice_) (*on_slice_)();
+  }
 
  private:
   double timeout_s_, at_s_;
+  const std::function<void()>* on_slice_;
 };
 
 // How long a waiter keeps its core before it sleeps on a futex. A wake-up costs 5 us, and 50 when
@@ -61,6 +70,7 @@ void await(const Deadline& deadline, Patience patience, Ready ready, Sleep sleep
   while (!ready()) {
     sleep(std::min(kWatchSliceS, deadline.remaining_s()));
     if (ready()) return;
+    deadline.on_slice();
     watch(deadline.passed());
   }
 }

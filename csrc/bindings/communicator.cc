@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "base/error.h"
+#include "base/fork.h"
 #include "bindings/rooms.h"
 #include "engine/engine.h"
 #include "group/shared_memory_group.h"
@@ -18,6 +19,8 @@ namespace {
 // ends the wait: the core sees an Error, the caller of this call the exception of the handler.
 class SignalCheck {
  public:
+  explicit SignalCheck(int rank) : rank_(rank) {}
+
   template <typename Body>
   void run(Body body) {
     try {
@@ -34,8 +37,11 @@ class SignalCheck {
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() == 0) return;
     raised_.emplace();
-    throw Error("interrupted by a signal; the communicator cannot be used any more");
+    throw PeerError("rank " + std::to_string(rank_) +
+                        " was interrupted by a signal; its communicator cannot be used any more",
+                    {rank_});
   }
+  int rank_;  // for its peers, who lose it
   std::optional<py::error_already_set> raised_;
 };
 
@@ -50,20 +56,21 @@ Patience patience_for(int local_size) {
 class Communicator {
  public:
   Communicator(int local_rank, std::vector<int> global_ranks, const std::string& name,
-               const std::string& token, double timeout_s) {
-    const Deadline deadline(timeout_s);
+               const std::string& token, double timeout_s, const std::function<void()>& on_slice) {
+    const Deadline deadline(timeout_s, &on_slice);
     const Patience patience = patience_for(static_cast<int>(global_ranks.size()));
     auto group = std::make_unique<SharedMemoryGroup>(
         HostLink(local_rank, std::move(global_ranks), name, token, deadline), deadline);
     group_ = group.get();
-    engine_ = std::make_unique<Engine>(std::move(group), timeout_s, patience);
+    engine_.reset(new Engine(std::move(group), timeout_s, patience));
   }
   ~Communicator() { close(); }
 
   std::shared_ptr<Work> call(Engine::Task task, uint64_t layout, bool async) {
     if (async) return engine_->submit(std::move(task), layout);
-    SignalCheck().run(
-        [&](const std::function<void()>& on_slice) { engine_->run(task, layout, on_slice); });
+    SignalCheck(global_rank()).run([&](const std::function<void()>& on_slice) {
+      engine_->run(task, layout, on_slice);
+    });
     return nullptr;
   }
 
@@ -82,15 +89,19 @@ class Communicator {
   }
 
   int local_rank() const { return group_->rank(); }
+  int global_rank() const { return group_->global_rank(); }
   SharedMemoryGroup& group() { return *group_; }
 
+  void refuse_forked_child() const { engine_->refuse_forked_child(); }
+
   void close() {
+    if (engine_->is_forked_child()) return;  // it is the parent's
     engine_->close([this] { group_->interrupt(); });
     group_->leave();
   }
 
  private:
-  std::unique_ptr<Engine> engine_;  // owns the group
+  std::unique_ptr<Engine, DeleteByOwner> engine_;  // owns the group
   SharedMemoryGroup* group_;
 };
 
@@ -174,9 +185,18 @@ void bind_communicator(py::module_& m) {
 
   using C = Communicator;
   py::class_<C>(m, "Communicator")
-      .def(py::init<int, std::vector<int>, std::string, std::string, double>(),
+      .def(py::init([](int local_rank, const std::vector<int>& global_ranks,
+                       const std::string& name, const std::string& token, double timeout_s) {
+             std::unique_ptr<C> made;
+             const int rank = global_ranks.at(static_cast<size_t>(local_rank));
+             SignalCheck(rank).run([&](const std::function<void()>& on_slice) {
+               made =
+                   std::make_unique<C>(local_rank, global_ranks, name, token, timeout_s, on_slice);
+             });
+             return made;
+           }),
            py::arg("local_rank"), py::arg("global_ranks"), py::arg("name"), py::arg("token"),
-           py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
+           py::arg("timeout_s"))
       .def("all_reduce",
            [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
               bool async) {
@@ -249,6 +269,7 @@ void bind_communicator(py::module_& m) {
            [](C& self, size_t num_elems, DType dtype, bool one_copy) {
              return Part{self.allocate(num_elems, dtype, one_copy), self.local_rank()};
            })
+      .def("refuse_forked_child", &C::refuse_forked_child)
       .def("close", &C::close, py::call_guard<py::gil_scoped_release>());
 
   py::enum_<DType> dtype(m, "DType");

@@ -3,11 +3,22 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/fork.h"
 
 namespace pyar {
+namespace {
+
+// Comes before every lock, which one of the parent's threads may have held at the fork.
+void refuse_child_of(const OwnerProcess& owner) {
+  if (!owner.is_this_one())
+    throw UsageError(
+        "this communicator belongs to the parent process; a forked child (a DataLoader worker?) "
+        "must not call it");
+}
+
+}  // namespace
 
 bool Work::wait_for(double slice_s) {
+  refuse_child_of(owner_);
   std::unique_lock lock(mutex_);
   finished_.wait_for(lock, std::chrono::duration<double>(slice_s), [&] { return done_; });
   if (done_ && error_) std::rethrow_exception(error_);
@@ -15,31 +26,23 @@ bool Work::wait_for(double slice_s) {
 }
 
 bool Work::done() const {
+  refuse_child_of(owner_);
   const std::lock_guard lock(mutex_);
   return done_;
 }
 
-Engine::Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience)
-    : group_(std::move(group)),
-      timeout_s_(timeout_s),
-      patience_(patience),
-      born_in_(fork_generation()) {}
-
-Engine::~Engine() {
-  if (!worker_.joinable()) return;
-  if (is_forked_child())
-    worker_.detach();  // it exists only in the parent
-  else
-    worker_.join();
+void Work::await_end() {
+  std::unique_lock lock(mutex_);
+  finished_.wait(lock, [&] { return done_; });
 }
 
-bool Engine::is_forked_child() const { return fork_generation() != born_in_; }
+void Engine::refuse_forked_child() const { refuse_child_of(owner_); }
 
-void Engine::refuse_forked_child() const {
-  if (is_forked_child())
-    throw UsageError(
-        "this communicator belongs to the parent process; a forked child (a DataLoader worker?) "
-        "must not call it");
+Engine::Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience)
+    : group_(std::move(group)), timeout_s_(timeout_s), patience_(patience) {}
+
+Engine::~Engine() {
+  if (worker_.joinable()) worker_.join();
 }
 
 void Engine::check_usable() const {
@@ -48,12 +51,12 @@ void Engine::check_usable() const {
 }
 
 std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout, const Findings& wanted) {
-  auto work = std::make_shared<Work>();
+  refuse_forked_child();
+  const std::shared_ptr<Work> work(new Work, DeleteByOwner());
   work->task_ = std::move(task);
   work->layout_ = layout;
   work->findings_ = wanted;
   work->times_.enqueued_s = now_s();
-  refuse_forked_child();  // before the lock, which the parent's worker may have held at the fork
   const std::lock_guard lock(mutex_);
   check_usable();
   work->sequence_ = ++sequence_;
@@ -65,10 +68,28 @@ std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout, const Findings&
 
 void Engine::run(const Task& task, uint64_t layout, const std::function<void()>& on_slice) {
   refuse_forked_child();
-  if (!run_here(task, layout, on_slice)) {
-    const std::shared_ptr<Work> work = submit(task, layout);
-    while (!work->wait_for(kWatchSliceS)) on_slice();
+  if (run_here(task, layout, on_slice)) return;
+  const std::shared_ptr<Work> work = submit(task, layout);
+  while (!work->wait_for(kWatchSliceS)) {
+    try {
+      on_slice();
+    } catch (...) {
+      fail(std::current_exception());
+      work->await_end();  // until then the worker uses the caller's memory
+      throw;
+    }
   }
+}
+
+void Engine::fail(std::exception_ptr error) {
+  refuse_forked_child();
+  const std::lock_guard lock(mutex_);
+  if (!first_error_) first_error_ = std::move(error);
+}
+
+void Engine::check_not_failed() {
+  const std::lock_guard lock(mutex_);
+  if (first_error_) std::rethrow_exception(first_error_);
 }
 
 // False if the engine is not idle. No Work, no times: nobody would read them, and a small
@@ -80,14 +101,17 @@ bool Engine::run_here(const Task& task, uint64_t layout, const std::function<voi
   busy_ = true;
   const uint64_t sequence = ++sequence_;
   lock.unlock();
+  const std::function<void()> on_each_slice = [&] {
+    check_not_failed();
+    on_slice();
+  };
   std::exception_ptr error;
   try {
     task(*group_, Call{.sequence = sequence,
                        .layout = layout,
-                       .deadline = Deadline(timeout_s_),
+                       .deadline = Deadline(timeout_s_, &on_each_slice),
                        .patience = patience_,
-                       .present_patience = patience_,
-                       .on_slice = &on_slice});
+                       .present_patience = patience_});
   } catch (...) {
     error = std::current_exception();
   }
@@ -103,10 +127,11 @@ bool Engine::run_here(const Task& task, uint64_t layout, const std::function<voi
 void Engine::execute(Work& work) {
   work.times_.start_s = now_s();
   work.times_.arrivals_s.resize(static_cast<size_t>(group_->size()));
+  const std::function<void()> on_slice = [this] { check_not_failed(); };
   try {
     work.task_(*group_, Call{.sequence = work.sequence_,
                              .layout = work.layout_,
-                             .deadline = Deadline(timeout_s_),
+                             .deadline = Deadline(timeout_s_, &on_slice),
                              .patience = kSleepSoon,
                              .present_patience = patience_,
                              .arrivals_s = work.times_.arrivals_s.data(),

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/fork.h"
 #include "group/group.h"
 
 namespace pyar {
@@ -26,7 +27,8 @@ class Work {
         arrivals_s;  // [size]: when each rank arrived; empty if the group does not tell
   };
 
-  // Waits for at most slice_s; true when finished. Rethrows the collective's error.
+  // Waits for at most slice_s; true when finished. Rethrows the collective's error. UsageError in a
+  // forked child, where it never finishes.
   bool wait_for(double slice_s);
   bool done() const;
   // Valid once done.
@@ -35,6 +37,9 @@ class Work {
 
  private:
   friend class Engine;
+  void await_end();
+
+  OwnerProcess owner_;
   std::function<void(Group&, const Call&)> task_;
   uint64_t sequence_ = 0, layout_ = 0;
   Times times_;
@@ -49,6 +54,9 @@ class Work {
 // cores: running each on the training thread when its bucket completes was no faster (ResNet-50, 64
 // px, 2 ranks on 2 cores, eager: 238 to 260 ms a step with the worker, 231 to 267 without, by
 // bucket size and run), and hooks would wait for peers.
+//
+// Where the process may fork, its owner is a unique_ptr<Engine, DeleteByOwner>; a forked child is
+// refused.
 class Engine {
  public:
   using Task = std::function<void(Group&, const Call&)>;
@@ -62,25 +70,31 @@ class Engine {
   // one has happened. `wanted`: what the collective is to look out for.
   std::shared_ptr<Work> submit(Task task, uint64_t layout, const Findings& wanted = {});
   // The same and waits; on an idle engine it runs on the calling thread, without hand-over.
-  // on_slice runs now and then while it waits, and may throw.
+  // on_slice runs now and then while it waits, and may throw: that is an error of the collective.
   void run(const Task& task, uint64_t layout, const std::function<void()>& on_slice);
 
   // Refuses further calls, ends the worker within a watch slice once `interrupt` has been called on
   // the group. Idempotent. Unfinished collectives end with an Error.
   void close(const std::function<void()>& interrupt);
 
+  // Makes `error` the first one, if there is none: waits in progress end with it, and so do all
+  // calls to come.
+  void fail(std::exception_ptr error);
+
+  bool is_forked_child() const { return !owner_.is_this_one(); }
+  void refuse_forked_child() const;  // throws UsageError
+
  private:
   bool run_here(const Task& task, uint64_t layout, const std::function<void()>& on_slice);
   void execute(Work& work);
   void work_loop();
   void check_usable() const;  // under mutex_
-  bool is_forked_child() const;
-  void refuse_forked_child() const;
+  void check_not_failed();
 
   std::unique_ptr<Group> group_;
   const double timeout_s_;
   const Patience patience_;
-  const unsigned born_in_;  // fork generation
+  const OwnerProcess owner_;
 
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 
 #include "base/dtype.h"
 #include "base/wait.h"
@@ -49,7 +48,6 @@ struct Call {
       nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
   Findings* findings =
       nullptr;  // or null; only SharedMemoryGroup looks, in all_reduce in place and update
-  const std::function<void()>* on_slice = nullptr;  // runs every kWatchSliceS of a wait; may throw
 };
 
 // Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws

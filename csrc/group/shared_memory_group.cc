@@ -120,7 +120,6 @@ void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
                     dead);
   if (interrupted_.load(std::memory_order_relaxed))
     throw Error("the communicator was closed during " + where);
-  if (call.on_slice) (*call.on_slice)();
   if (late && !absent.empty())
     throw TimeoutError(names_of(absent) + " had not arrived at " + where + " after " +
                            seconds(call.deadline.timeout_s()) +

@@ -74,6 +74,7 @@ class SharedMemoryGroup final : public Group {
 
   int rank() const override { return link_.local_rank(); }
   int size() const override { return link_.local_size(); }
+  int global_rank() const { return link_.global_ranks()[static_cast<size_t>(rank())]; }
 
   void all_reduce(Span data, Op op, const Call& call) override;
   void reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) override;
