@@ -149,7 +149,7 @@ class GradientAggregator:
 
         Needed only by a rank that has run a forward but no backward while others have. Collective then.
         """
-        self._check_open()
+        self._check_usable()
         if not self._expects or not self._syncs:
             return
         while self._next < len(self._buckets):
@@ -162,7 +162,7 @@ class GradientAggregator:
         updates them meanwhile. With ``share_parameters`` one rank writes for all, the one that gets True; without,
         every rank does. Collective; do not communicate inside.
         """
-        self._check_open()
+        self._check_usable()
         is_shared = self._updater is not None and self._updater.is_shared
         if is_shared:
             self.comm.barrier()
@@ -277,6 +277,8 @@ class GradientAggregator:
     def _enter_backward(self) -> None:
         if self._callback() is not None:
             return
+        # Before autograd adds anything to gradients: a forked child's are its parent's own.
+        self.comm.core.refuse_forked_child()
         self._abandon_backward()
 
         def end_of_backward() -> None:
@@ -444,6 +446,10 @@ class GradientAggregator:
         self._last, self._current = self._current.finished(), None
         if self._trace is not None:
             self._trace.add(self._last)
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        self.comm.core.refuse_forked_child()
 
     def _check_open(self) -> None:
         if self._closed:
