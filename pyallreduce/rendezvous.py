@@ -6,8 +6,10 @@ import json
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,7 +40,10 @@ LINGER_S = 2.0
 MPI_TAG = 0x7079
 _sent: list[Any] = []  # MPI requests of rank 0, whose buffers must live until they are delivered
 # Kept for the process's life: rank 0 can listen on the port only once, and later communicators meet there again.
-_stores: dict[Launch, dist.Store] = {}
+_stores: dict[Launch, dist.TCPStore] = {}
+_inherited: list[
+    dist.TCPStore
+] = []  # of a forked child; not destroyed: their threads are the parent's
 ALONE = Roster(token="", node_ranks=(0,), node_rank=0, num_nodes=1)
 
 
@@ -59,7 +64,7 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     return dist.PrefixStore("pyallreduce", _stores[launch])
 
 
-def _tcp_store(launch: Launch, timeout_s: float) -> dist.Store:
+def _tcp_store(launch: Launch, timeout_s: float) -> dist.TCPStore:
     hosts_it = launch.rank == 0 and not launch.agent_store
     try:
         return dist.TCPStore(
@@ -83,7 +88,44 @@ def _tcp_store(launch: Launch, timeout_s: float) -> dist.Store:
         ) from error
 
 
-def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.Store:
+def _leave_stores_to_parent() -> None:
+    """In a forked child: an orphan must not keep the port of a rendezvous, and nobody speaks over the parent's
+    connections. /dev/null takes the sockets' numbers, which the stores will close, if anything ever does."""
+    ports = {store.port for launch, store in _stores.items() if not launch.agent_store}
+    _inherited.extend(_stores.values())
+    _stores.clear()
+    sockets = [fd for fd in _open_sockets() if _ports_of(fd) & ports] if ports else []
+    if sockets:
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for fd in sockets:
+            os.dup2(nothing, fd, inheritable=False)
+        os.close(nothing)
+
+
+os.register_at_fork(after_in_child=_leave_stores_to_parent)
+
+
+def _open_sockets() -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the descriptor of the listing itself
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.append(int(name))
+    return found
+
+
+def _ports_of(fd: int) -> set[int]:
+    """TCP ports at both ends of a socket."""
+    ports = set()
+    with socket.socket(fileno=os.dup(fd)) as copy:
+        if copy.family in (socket.AF_INET, socket.AF_INET6):
+            for name_of_end in (copy.getsockname, copy.getpeername):
+                with suppress(OSError):  # a listener has no peer
+                    ports.add(name_of_end()[1])
+    return ports
+
+
+def _store_by_mpi(launch: Launch, timeout_s: float) -> dist.TCPStore:
     try:
         from mpi4py import MPI
     except ImportError as error:
