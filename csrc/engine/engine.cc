@@ -181,6 +181,7 @@ void Engine::close(const std::function<void()>& interrupt) {
     changed_.wait_for(lock, std::chrono::duration<double>(1.0),
                       [&] { return !busy_ && queue_.empty(); });
   }
+  const std::lock_guard lock(join_mutex_);
   if (worker_.joinable()) worker_.join();
 }
 

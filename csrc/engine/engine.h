@@ -74,7 +74,7 @@ class Engine {
   void run(const Task& task, uint64_t layout, const std::function<void()>& on_slice);
 
   // Refuses further calls, ends the worker within a watch slice once `interrupt` has been called on
-  // the group. Idempotent. Unfinished collectives end with an Error.
+  // the group. Idempotent, from any thread. Unfinished collectives end with an Error.
   void close(const std::function<void()>& interrupt);
 
   // Makes `error` the first one, if there is none: waits in progress end with it, and so do all
@@ -103,7 +103,8 @@ class Engine {
   bool closed_ = false;
   std::exception_ptr first_error_;
   uint64_t sequence_ = 0;
-  std::thread worker_;  // started by the first submit()
+  std::thread worker_;     // started by the first submit()
+  std::mutex join_mutex_;  // two threads may close at once; only one can join
 };
 
 }  // namespace pyar
