@@ -37,7 +37,8 @@ bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes,
   header.msg_iov = &part;
   header.msg_iovlen = 1;
   header.msg_control = control;
-  header.msg_controllen = sizeof control;
+  // Room for one descriptor and no padding, where a second one would fit: the kernel closes it.
+  header.msg_controllen = CMSG_LEN(sizeof(int));
   const ssize_t got = recvmsg(socket.get(), &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   if (got < 0) {
     if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return false;
