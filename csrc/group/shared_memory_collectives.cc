@@ -101,7 +101,7 @@ void SharedMemoryGroup::all_reduce(Span data, Op op, const Call& call) {
     if (places == Places::kSame) {
       all_reduce_in_place(where, data, op, call.findings);
       next_phase(call);
-      if (call.findings) collect(*call.findings);
+      if (call.findings) collect(*call.findings, data.num_elems);
     } else if (is_small) {
       if (where.buffer) copy_in();
       if (places == Places::kMixed) next_phase(call);
@@ -127,9 +127,14 @@ void SharedMemoryGroup::all_reduce_in_place(const Location& where, Span data, Op
                      shard.begin, findings ? *findings : Findings{});
 }
 
-void SharedMemoryGroup::collect(Findings& findings) const {
+void SharedMemoryGroup::collect(Findings& findings, size_t num_elems) const {
   std::vector<Found> by_rank;
-  for (int r = 0; r < size(); ++r) by_rank.push_back(page(r).found);
+  for (int r = 0; r < size(); ++r) {
+    by_rank.push_back(page(r).found);
+    // Written by another process: bounded before use, and so is the source, by conclude().
+    NonFinite& nonfinite = by_rank.back().nonfinite;
+    if (nonfinite.elem >= num_elems) nonfinite = {};
+  }
   conclude(findings, by_rank);
 }
 

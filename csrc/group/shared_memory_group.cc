@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <set>
 
 #include "kernels/kernels.h"
 
@@ -9,6 +11,19 @@ namespace pyar {
 namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Written by another process: copied first, since it may still change, and bounded before use. Who
+// is not among `ranks` is nobody's peer.
+template <typename Report>
+[[noreturn]] void throw_reported(const Report report, const std::vector<int>& ranks, int reporter) {
+  std::set<int> peers;
+  for (size_t i = 0; i < std::min<size_t>(report.num_peers, std::size(report.peers)); ++i)
+    if (std::ranges::find(ranks, report.peers[i]) != ranks.end()) peers.insert(report.peers[i]);
+  const std::string message(report.message, strnlen(report.message, sizeof report.message));
+  throw_error(static_cast<Cause>(report.cause),
+              message + " (reported by rank " + std::to_string(reporter) + ")",
+              {peers.begin(), peers.end()});
+}
 
 }  // namespace
 
@@ -98,15 +113,8 @@ void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
   for (const int r : link_.dead_ranks())
     if (!page(r).flag.reached(phase)) dead.push_back(link_.global_ranks()[r]);
   for (int r = 0; r < size(); ++r) {
-    const Report& report = page(r).report;
-    if (r != rank() && page(r).flag.failed.load(std::memory_order_acquire)) {
-      // Written by another process: bounded before use.
-      const uint32_t count = std::min(report.num_peers, Report::kMaxPeers);
-      const std::string message(report.message, strnlen(report.message, sizeof report.message));
-      throw_error(static_cast<Cause>(report.cause),
-                  message + " (reported by rank " + std::to_string(link_.global_ranks()[r]) + ")",
-                  std::vector<int>(report.peers, report.peers + count));
-    }
+    if (r != rank() && page(r).flag.failed.load(std::memory_order_acquire))
+      throw_reported(page(r).report, link_.global_ranks(), link_.global_ranks()[r]);
     const bool has_left = page(r).has_left.load(std::memory_order_acquire) != 0;
     if (page(r).flag.reached(phase)) continue;
     absent.push_back(link_.global_ranks()[r]);

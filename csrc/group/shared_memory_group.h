@@ -149,8 +149,8 @@ class SharedMemoryGroup final : public Group {
                     const Location& weights, NonFinite& nonfinite);
   // Sums up what the ranks have found, in their order.
   void conclude(Findings& findings, std::span<const Found> by_rank) const;
-  // The same for all ranks' pages, after the phase that ends a collective.
-  void collect(Findings& findings) const;
+  // The same for all ranks' pages, after the phase that ends a collective of num_elems.
+  void collect(Findings& findings, size_t num_elems) const;
   void watch(uint32_t phase, bool late, const Call& call);
   // Runs a collective; if it fails, the others learn why.
   template <typename Body>

@@ -59,7 +59,7 @@ void SharedMemoryGroup::update(const BucketUpdate& bucket, const Call& call) {
     if (bucket.is_reduced)
       std::memset(bucket.gradients.data, 0, bucket.flags_begin * size_of(bucket.gradients.dtype));
     next_phase(call);
-    if (call.findings) collect(*call.findings);
+    if (call.findings) collect(*call.findings, bucket.flags_begin);
   });
 }
 
