@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import stat
@@ -179,7 +180,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
     keys = [f"{prefix}/{r}" for r in range(size)]
     try:
         _wait_for(store, keys, timeout_s)
-        records: list[dict[str, Any]] = [json.loads(store.get(key)) for key in keys]
+        records = [_record(store.get(key)) for key in keys]
     except dist.DistNetworkError as error:
         raise PeerError(
             f"the store of the rendezvous is gone ({error}); rank 0 or the launcher, who host it, have ended",
@@ -201,7 +202,25 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> Roster:
     )
 
 
+def _record(payload: bytes) -> dict[str, Any]:
+    """What a rank has written to the store; empty if it is no record. Another process wrote it: checked before use."""
+    try:
+        record = json.loads(payload)
+    except (ValueError, RecursionError):
+        return {}
+    fields = {"token": str, "node": str, "size": int, "version": str}
+    if not isinstance(record, dict) or any(type(record.get(f)) is not t for f, t in fields.items()):
+        return {}
+    return record if re.fullmatch("[0-9a-f]{64}", record["token"]) else {}
+
+
 def _disagreement(records: list[dict[str, Any]]) -> Error | None:
+    if strange := [r for r, record in enumerate(records) if not record]:
+        return MismatchError(
+            f"rank {strange[0]} wrote no record of this version of pyallreduce ({__version__}) to the store of the "
+            "rendezvous. Has it another version? Does another program use the store?",
+            strange,
+        )
     for field in ("size", "version"):
         odd = [r for r, record in enumerate(records) if record[field] != records[0][field]]
         if odd:

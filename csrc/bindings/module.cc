@@ -1,6 +1,7 @@
 // The extension module `pyallreduce._core`: converts, releases the GIL, maps exceptions; decides
 // nothing.
 #include <pybind11/pybind11.h>
+#include <string_view>
 
 #include "base/clock.h"
 #include "base/env.h"
@@ -41,7 +42,11 @@ void translate(std::exception_ptr thrown) {
     for (size_t i = 0; i < error.peers().size(); ++i) peers[i] = error.peers()[i];
     const py::object type =
         py::module_::import("pyallreduce.errors").attr(python_name(error.cause()));
-    PyErr_SetObject(type.ptr(), type(error.what(), peers).ptr());
+    // Another process, or the environment, may have put bytes into it that are no UTF-8.
+    const std::string_view what = error.what();
+    const auto message = py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeUTF8(what.data(), static_cast<Py_ssize_t>(what.size()), "replace"));
+    PyErr_SetObject(type.ptr(), type(message, peers).ptr());
   }
 }
 
