@@ -5,7 +5,12 @@ BIN    := $(VENV)/bin
 CXX_FILES = $$(git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: train test bench lint format clean
+NATIVE := build/native
+SECONDS ?= 60
+CONFIGURE = $(BIN)/cmake -G Ninja -S . --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	-DPYALLREDUCE_CUDA=OFF
+
+.PHONY: train test bench lint format clean sanitize sanitize-address sanitize-thread arm64 qemu fuzz
 
 train: $(VENV)/.installed
 	$(BIN)/python -m train classify --preset digits --nproc 2
@@ -30,6 +35,58 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The core without Python: its own tests (tests/cpp) under the sanitizers, for arm64, and fuzzed.
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: sanitize-%: $(VENV)/.native
+	$(CONFIGURE) -B $(NATIVE)/$* -DPYALLREDUCE_TESTS=ON -DPYALLREDUCE_SANITIZE=$*
+	$(BIN)/cmake --build $(NATIVE)/$*
+	$(BIN)/ctest --test-dir $(NATIVE)/$* --output-on-failure
+
+# Cross-built, run under emulation; then the kernels' bits are compared with those of this machine.
+arm64: $(VENV)/.cross qemu
+	$(CONFIGURE) -B $(NATIVE)/arm64 -DPYALLREDUCE_TESTS=ON \
+		-DCMAKE_TOOLCHAIN_FILE=$(abspath tests/cpp/aarch64.cmake) \
+		-DZIG=$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).with_name("zig"))')
+	$(BIN)/cmake --build $(NATIVE)/arm64
+	$(BIN)/ctest --test-dir $(NATIVE)/arm64 --output-on-failure
+	$(CONFIGURE) -B $(NATIVE)/address -DPYALLREDUCE_TESTS=ON -DPYALLREDUCE_SANITIZE=address
+	$(BIN)/cmake --build $(NATIVE)/address --target kernels
+	$(NATIVE)/address/tests/cpp/kernels > $(NATIVE)/kernels.here
+	qemu-aarch64 $(NATIVE)/arm64/tests/cpp/kernels > $(NATIVE)/kernels.arm64
+	diff $(NATIVE)/kernels.here $(NATIVE)/kernels.arm64
+	@echo "arm64: $$(wc -l < $(NATIVE)/kernels.arm64) kernels give the bits of $$(uname -m)"
+
+qemu:
+	@command -v qemu-aarch64 > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get install --quiet --yes --no-install-recommends qemu-user; } \
+		|| { echo "arm64 needs qemu-aarch64: install the package qemu-user" >&2; exit 1; }
+
+# SECONDS for each of the targets; what breaks one is left in build/native/fuzz.
+fuzz: $(VENV)/.installed $(VENV)/.native $(VENV)/.fuzz
+	$(CONFIGURE) -B $(NATIVE)/fuzz -DPYALLREDUCE_FUZZ=ON
+	$(BIN)/cmake --build $(NATIVE)/fuzz
+	cd $(NATIVE)/fuzz && for target in page messages handshake; do \
+		tests/cpp/fuzz/fuzz_$$target $(abspath tests/cpp/fuzz/corpus)/$$target $(SECONDS) || exit 1; done
+	mkdir -p $(NATIVE)/fuzz/rendezvous
+	cd $(NATIVE)/fuzz && $(abspath $(BIN))/python $(abspath tests/fuzz_rendezvous.py) rendezvous $(SECONDS)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.native: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'cmake>=3.24' 'ninja>=1.11'
+	touch $@
+
+$(VENV)/.cross: | $(VENV)/.native
+	$(BIN)/python -m pip install --quiet 'ziglang==0.17.*'
+	touch $@
+
+# Not every Python has a wheel: tests/fuzz_rendezvous.py says so then.
+$(VENV)/.fuzz: | $(VENV)/.installed
+	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=3'
+	touch $@
 
 # An editable install: Python files are used where they lie, the extension is rebuilt when its sources change.
 $(VENV)/.installed: $(SOURCES)
