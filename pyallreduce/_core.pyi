@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 from typing_extensions import Buffer
 
@@ -69,6 +69,9 @@ class Communicator:
         self, data: int, num_elems: int, dtype: DType, root: int, layout: int, async_op: bool, /
     ) -> Work | None: ...
     def barrier(self, layout: int, /) -> None: ...
+    def raise_mismatch(self, message: str, peers: Sequence[int], /) -> NoReturn:
+        """Of a disagreement that Python has found: every rank calls it, and the communicator is poisoned by it."""
+
     def aggregate(
         self,
         data: int,

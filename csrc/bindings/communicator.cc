@@ -239,6 +239,10 @@ void bind_communicator(py::module_& m) {
            [](C& self, uint64_t layout) {
              self.call([](Group& group, const Call& call) { group.barrier(call); }, layout, false);
            })
+      .def("raise_mismatch",
+           [](C& self, const std::string& message, const std::vector<int>& peers) {
+             self.call([=](Group&, const Call&) { throw MismatchError(message, peers); }, 0, false);
+           })
       .def("aggregate",
            [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
               size_t watched_elems, bool norm_is_wanted) {
