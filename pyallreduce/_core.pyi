@@ -151,6 +151,10 @@ class kernels:
     @staticmethod
     def sum_squares(data: int, num_elems: int, dtype: str, isa: str = "") -> float: ...
     @staticmethod
+    def hash_many(entries: Sequence[Sequence[tuple[int, int]]], hashes: int) -> None:
+        """For each entry a uint64 at address ``hashes``: over its spans (address, bytes) in order, 0 without any."""
+
+    @staticmethod
     def convert(
         from_dtype: str,
         source: int,

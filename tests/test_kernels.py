@@ -638,3 +638,86 @@ def test_files_of_an_instruction_set_export_their_table_only(tmp_path):
         line.split(maxsplit=2)[-1] for line in symbols.splitlines() if not line[17].islower()
     ]
     assert exported == ["pyar::kAvx512Table"]
+
+
+# ---- hash ----
+
+
+def hash_of(*parts):
+    """One hash over the parts, uint8 arrays, in order."""
+    result = np.zeros(1, np.uint64)
+    kernels.hash_many([[(part.ctypes.data, part.nbytes) for part in parts]], result.ctypes.data)
+    return int(result[0])
+
+
+def mixed(value, word):
+    product = (value ^ word) * 0x9E3779B97F4A7C15
+    return product >> 64 ^ product % 2**64
+
+
+def hash_in_python(part, seed=0):
+    """The formula of csrc/kernels/kernels.h."""
+    padded = np.zeros(-(-part.nbytes // 64) * 64, np.uint8)
+    padded[: part.nbytes] = part
+    lanes = [mixed(seed, k + 1) for k in range(8)]
+    for i, word in enumerate(padded.view("<u8").tolist()):
+        lanes[i % 8] = mixed(lanes[i % 8], word)
+    return functools.reduce(mixed, lanes, part.nbytes)
+
+
+def random_bytes(count, seed=0):
+    return np.random.default_rng(seed).integers(256, size=count, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 1000, 100_003])
+def test_hash_is_its_formula_at_any_alignment(length):
+    data = random_bytes(length)
+    for offset in range(9):
+        space = np.empty(length + offset, np.uint8)
+        space[offset:] = data
+        assert hash_of(space[offset:]) == hash_in_python(data)
+    first, second = data[: length // 3], data[length // 3 :]
+    assert hash_of(first, second) == hash_in_python(second, seed=hash_in_python(first))
+
+
+def test_hash_of_many_entries():
+    parts = [random_bytes(n, seed=n) for n in (5, 64, 300)]
+    spans = [(part.ctypes.data, part.nbytes) for part in parts]
+    entries = [[], [spans[0]], spans[1:], [(0, 0)], spans[::-1]]
+    result = np.full(len(entries), 7, np.uint64)
+    kernels.hash_many(entries, result.ctypes.data)
+    empty = np.empty(0, np.uint8)
+    want = [0, hash_of(parts[0]), hash_of(*parts[1:]), hash_of(empty), hash_of(*parts[::-1])]
+    assert result.tolist() == want
+    assert len(set(want)) == len(want)  # no state is not an empty one
+
+
+def test_hash_sees_every_bit_its_place_and_the_length():
+    data = random_bytes(130)
+    seen = {hash_of(data)}
+    for i, bit in itertools.product(range(data.nbytes), range(8)):
+        changed = data.copy()
+        changed[i] ^= 1 << bit
+        seen.add(hash_of(changed))
+    assert len(seen) == 1 + 8 * data.nbytes
+    zeros = np.zeros(200, np.uint8)
+    assert len({hash_of(zeros[:length]) for length in range(201)}) == 201
+    words = data[:128].reshape(16, 8)
+    for i, k in itertools.combinations(range(16), 2):
+        swapped = words.copy()
+        swapped[[i, k]] = swapped[[k, i]]
+        seen.add(hash_of(swapped.reshape(-1)))
+    assert len(seen) == 1 + 8 * data.nbytes + 16 * 15 // 2
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_changes_that_mirror_each_other_do_not_cancel(dtype):
+    """Two signs, or one bit of two elements, anywhere: a mere xor or product of words would lose some."""
+    values = np.random.default_rng(1).standard_normal(256 // np.dtype(dtype).itemsize).astype(dtype)
+    hashes = [hash_of(values.view(np.uint8))]
+    for i, k in itertools.combinations(range(len(values)), 2):
+        changed = values.copy()
+        changed[[i, k]] *= -1
+        hashes.append(hash_of(changed.view(np.uint8)))
+    hashes += [hash_of((-values).view(np.uint8)), hash_of(values[::-1].copy().view(np.uint8))]
+    assert len(set(hashes)) == len(hashes)

@@ -71,6 +71,19 @@ double sum_squares_at(Address data, size_t num_elems, const std::string& dtype,
   return sum_squares(dtype_named(dtype), pointer(data), num_elems, table_named(isa));
 }
 
+// What one hash covers: addresses and bytes, each hashed with the hash before it as the seed.
+using ByteSpans = std::vector<std::pair<Address, size_t>>;
+
+void hash_many(const std::vector<ByteSpans>& entries, Address hashes) {
+  auto* to = static_cast<uint64_t*>(pointer(hashes));
+  for (const ByteSpans& entry : entries) {
+    uint64_t chained = 0;
+    for (const auto& [address, num_bytes] : entry)
+      chained = hash(pointer(address), num_bytes, chained);
+    *to++ = chained;
+  }
+}
+
 void convert_at(const std::string& from, Address source, const std::string& to, Address destination,
                 size_t num_elems, const std::string& isa) {
   convert(dtype_named(from), pointer(source), dtype_named(to), pointer(destination), num_elems,
@@ -128,6 +141,9 @@ void bind_kernels(py::module_& m) {
         py::arg("isa") = "");
   k.def("sum_squares", &sum_squares_at, ReleaseGil(), py::arg("data"), py::arg("num_elems"),
         py::arg("dtype"), py::arg("isa") = "");
+  k.def("hash_many", &hash_many, ReleaseGil(), py::arg("entries"), py::arg("hashes"),
+        "One uint64 per entry goes to address `hashes`: over its (address, num_bytes) spans in "
+        "order, 0 without any.");
   k.def("convert", &convert_at, ReleaseGil(), py::arg("from_dtype"), py::arg("source"),
         py::arg("to_dtype"), py::arg("destination"), py::arg("num_elems"), py::arg("isa") = "");
   k.def("sgd", &sgd_at, ReleaseGil(), py::arg("gradients"), py::arg("weights"), py::arg("momentum"),

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 #include <vector>
 
@@ -49,6 +50,14 @@ void reduce(DType dtype, Op op, double scale, const ReduceSpans& spans,
 // In double precision, in an order that depends on nothing but num_elems. Floating dtypes only.
 double sum_squares(DType dtype, const void* data, size_t num_elems,
                    const KernelTable* table = nullptr);
+
+// Of the bytes as they lie in memory, in order; other bytes have another hash but for one case in
+// 2^64. Words are little-endian, 8 bytes, zeros after the end. With
+//   mix(h, w) = upper half ^ lower half of the 128-bit product (h ^ w) * 0x9e3779b97f4a7c15
+// lane k of 8 starts as mix(seed, k + 1) and takes words k, k + 8, k + 16, ... by mix, over whole
+// rounds of 8; the hash starts as num_bytes and takes lanes 0 to 7 by mix. Not for keeping secrets.
+// One code for all instruction sets: a core multiplies faster than memory delivers.
+uint64_t hash(const void* data, size_t num_bytes, uint64_t seed = 0);
 
 // float32 from or to a 16-bit float, else UsageError. The spans do not overlap.
 void convert(DType from, const void* source, DType to, void* destination, size_t num_elems,
