@@ -27,6 +27,7 @@ from pyallreduce import _core, clipping
 from pyallreduce._buffer import DTYPES, OPS, is_dense, span_of
 from pyallreduce.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot, layout_hash, make_buckets
 from pyallreduce.communicator import Communicator
+from pyallreduce.drift import DriftSentinel
 from pyallreduce.eager import EagerUpdater, check_optimizer
 from pyallreduce.errors import Error, UsageError
 from pyallreduce.report import BucketRecord, Iteration, IterationRecord, NonFinite, summarise
@@ -58,7 +59,17 @@ class GradientAggregator:
     ``bucket_bytes``: default 25 MiB. ``optimizer``: the one that ends an iteration for ``report()``; found by itself if
     not given. ``update="eager"`` needs a ``par.SGD`` over exactly the trainable parameters: each bucket's reduction
     and update are one pass, during backward; ``p.grad`` is undefined afterwards (zero, in fact) and ``opt.step()``
-    only closes the iteration. Collective; raises UsageError, and MismatchError if the ranks' modules differ.
+    only closes the iteration.
+
+    ``check_every``: in the first and then in every so many-th iteration (no_sync() does not count; 0: never) a hash of
+    the parameters, and of what ``optimizer`` keeps about them if it is given, is compared between ranks. If ranks
+    differ, backward raises a MismatchError on all of them with the parameter, and in ``peers`` the ranks. With
+    update="step" the weights are then untouched. An eager update writes all ranks' weights and so makes them equal
+    again, wrongly: there only the first iteration after the cause can tell, which is compared too if the cause lies in
+    ``with agg.writing():``; ``torn`` says whether it has updated then. Not compared is what a host has one copy of:
+    momentum with "eager", parameters with ``share_parameters``. DDP with our hooks has no such check.
+
+    Collective; raises UsageError, and MismatchError if the ranks' modules differ.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class GradientAggregator:
         update: str = "step",
         share_parameters: bool = False,
         max_norm: float | None = None,
+        check_every: int = 100,
     ) -> None:
         if isinstance(module, torch.nn.parallel.DistributedDataParallel):
             raise UsageError(
@@ -91,6 +103,8 @@ class GradientAggregator:
             isinstance(max_norm, (int, float)) and 0 < max_norm < math.inf
         ):
             raise UsageError(f"max_norm is {max_norm!r}; a positive, finite number is needed")
+        if not isinstance(check_every, int) or check_every < 0:
+            raise UsageError(f"check_every is {check_every!r}; a whole number >= 0 is needed")
 
         self.module: torch.nn.Module | None = module
         self.comm, self.op = comm, OPS[op]
@@ -100,7 +114,7 @@ class GradientAggregator:
         for slot in self._slots:
             span_of(slot.param.detach().flatten(), f"parameter {slot.name}")  # device and dtype
         sgd = check_optimizer(optimizer, self._buckets) if update == "eager" else None
-        options = (op, update, str(bool(share_parameters)), str(max_norm))
+        options = (op, update, str(bool(share_parameters)), str(max_norm), str(check_every))
         self._layout = layout_hash(module, self._buckets, options)
         self._trace = open_trace(comm.rank, comm.size)
         comm.core.barrier(self._layout)
@@ -114,6 +128,7 @@ class GradientAggregator:
                 comm, self._buckets, sgd, scale, is_shared=bool(share_parameters)
             )
 
+        self._sentinel = self._drift_sentinel(module, check_every)
         self._syncs = True  # False inside no_sync()
         self._expects = False  # a forward has run whose gradients are not aggregated yet
         # The engine's callback at the end of backward; gone as soon as a backward has raised.
@@ -169,6 +184,8 @@ class GradientAggregator:
         yield self.comm.local_rank == 0 or not is_shared
         if self._updater is not None:
             self._updater.adopt_weights()
+        if self._sentinel is not None:
+            self._sentinel.look_soon()
 
     def report(self) -> dict[str, Any]:
         """What the last finished iteration spent on communication, from this rank's event record. Local, JSON-able.
@@ -318,6 +335,8 @@ class GradientAggregator:
         now = _core.now_s()
         with torch.no_grad():
             bucket.announce_use()
+        if self._next == 0 and self._sentinel is not None:
+            self._sentinel.begin()
         if self._updater is not None and self._max_norm is None:
             self._updating = True
             work = self._updater.submit(bucket, self._layout_of(bucket))
@@ -348,6 +367,8 @@ class GradientAggregator:
         for record in self._records:
             record.used_s = wait_start_s
             record.work.wait()
+        if self._sentinel is not None:
+            self._sentinel.finish()
         if self._updater is None:
             with torch.no_grad():
                 for bucket in self._buckets:
@@ -456,6 +477,20 @@ class GradientAggregator:
             raise UsageError("the GradientAggregator has been closed")
 
     # --- set-up ----------------------------------------------------------------------------------------------------
+
+    def _drift_sentinel(self, module: torch.nn.Module, every: int) -> DriftSentinel | None:
+        """Over all parameters, frozen ones too, and their optimizer state, but for what the ranks have one copy of."""
+        if every == 0 or self.comm.size == 1:
+            return None
+        trained = {slot.param for slot in self._slots}
+        on_one_host = trained if self.comm.num_nodes == 1 else set()
+        updater = self._updater
+        one_copy_weights = on_one_host if updater is not None and updater.is_shared else set()
+        one_copy_momentum = on_one_host if updater is not None else set()
+        named = list(module.named_parameters())
+        weights = [(name, p) for name, p in named if p not in one_copy_weights]
+        momentum = [(name, p) for name, p in named if p in trained - one_copy_momentum]
+        return DriftSentinel(self.comm, weights, momentum, self._optimizer, every)
 
     def _broadcast(self, module: torch.nn.Module) -> None:
         with torch.no_grad():

@@ -1,0 +1,132 @@
+"""The replica-drift sentinel: do all ranks still hold the same parameters and momentum?
+
+Data-parallel SGD keeps one set of weights in many copies, and an all-reduce of gradients does not notice when the
+copies part: a checkpoint loaded on one rank, a write outside the update, another learning rate, gradients that were not
+synchronised (pytorch#109191, #121594, #187732). The loss goes on falling, only less. So every so many iterations a hash
+of 64 bits is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from pyallreduce import _core
+from pyallreduce._buffer import is_dense
+from pyallreduce.communicator import Communicator, Work
+
+Span = tuple[int, int]  # address and bytes
+Named = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+class DriftSentinel:
+    """Compares replicas in every ``every``-th iteration, the first included: checkpoints are loaded before it.
+
+    ``begin`` comes before an iteration's first bucket: it hashes, while an eager update has not mended or spread the
+    damage yet, and starts an all-gather of one number per rank. ``finish`` comes after the last bucket and raises. So
+    no hook waits for peers; and ranks that have finished as many iterations compare in the same ones.
+
+    ``weights``: named parameters to compare. ``momentum``: those whose state in ``optimizer`` is compared, every tensor
+    of it. Hashes are of memory, so NaN of equal bits are equal.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        weights: Named,
+        momentum: Named,
+        optimizer: torch.optim.Optimizer | None,
+        every: int,
+    ) -> None:
+        self._comm, self._every = comm, every
+        self._weights = list(weights)
+        self._momentum = list(momentum) if optimizer is not None else []
+        self._optimizer = optimizer
+        self._labels = [f"weights of {name}" for name, _ in self._weights]
+        self._labels += [f"momentum of {name}" for name, _ in self._momentum]
+        self._hashes = torch.empty(len(self._labels), dtype=torch.int64)  # as bits, of each label
+        self._totals = torch.empty(comm.size, dtype=torch.int64)  # the hash of each rank's hashes
+        self._gathering: Work | None = None
+        self._finished = 0  # iterations
+        self._is_due = True
+
+    def look_soon(self) -> None:
+        """In the next iteration, because it has a reason to. Call it on all ranks."""
+        self._is_due = True
+
+    def begin(self) -> None:
+        """Costs one read of what is compared, on the calling thread, if this is an iteration to compare in."""
+        self._gathering = None  # of a backward that has been given up
+        if not self._is_due or not self._labels:
+            return
+        copies: list[torch.Tensor] = []  # alive until they are hashed
+        weights = [[_span_of(param, copies)] for _, param in self._weights]
+        momentum = [self._state_spans(param, copies) for _, param in self._momentum]
+        _hash([*weights, *momentum], self._hashes)
+        total = torch.empty(1, dtype=torch.int64)
+        _hash([[_span_of(self._hashes, copies)]], total)
+        self._gathering = self._comm.all_gather(self._totals, total, async_op=True)
+
+    def finish(self) -> None:
+        """Raises a MismatchError on all ranks if they differ. Every iteration needs it, compared or not."""
+        gathering, self._gathering = self._gathering, None
+        self._finished += 1
+        self._is_due = self._finished % self._every == 0 or (self._is_due and gathering is None)
+        if gathering is not None:
+            gathering.wait()
+            if len(self._totals.unique()) > 1:
+                self._accuse()
+
+    def _state_spans(self, param: torch.nn.Parameter, copies: list[torch.Tensor]) -> list[Span]:
+        """Of all tensors that the optimizer keeps for it, by name; none before its first update."""
+        assert self._optimizer is not None
+        state = self._optimizer.state.get(param, {})
+        tensors = [value for _, value in sorted(state.items()) if torch.is_tensor(value)]
+        return [_span_of(tensor, copies, like=param) for tensor in tensors]
+
+    def _accuse(self) -> None:
+        """Collective, since all ranks have seen the same totals."""
+        comm, count = self._comm, len(self._labels)
+        by_rank = torch.empty(comm.size * count, dtype=torch.int64)
+        comm.all_gather(by_rank, self._hashes)
+        table = by_rank.view(comm.size, count)
+        differing = (table != table[0]).any(dim=0).nonzero().flatten().tolist()
+        first = differing[0]
+        others = f" and {len(differing) - 1} more of {count} tensors" if differing[1:] else ""
+        comm.core.raise_mismatch(
+            f"replicas have drifted apart, seen in iteration {self._finished}: {self._labels[first]}"
+            f"{others} differ on {_names(minority(table[:, first].tolist()))}. Look for weights or momentum loaded on "
+            "some ranks only, parameters changed outside the update, a learning rate, weight decay or optimizer that "
+            "is not the same everywhere, or faulty memory. A new aggregator starts again from rank 0's weights",
+            minority(self._totals.tolist()),
+        )
+
+
+def minority(by_rank: list[int]) -> list[int]:
+    """The ranks that differ from most (a tie: from rank 0), as for calls that differ (csrc/group/fingerprint.cc)."""
+    sizes = {value: by_rank.count(value) for value in by_rank}
+    largest = [value for value, size in sizes.items() if size == max(sizes.values())]
+    right = largest[0] if len(largest) == 1 else by_rank[0]
+    return [rank for rank, value in enumerate(by_rank) if value != right]
+
+
+def _span_of(
+    tensor: torch.Tensor, copies: list[torch.Tensor], like: torch.Tensor | None = None
+) -> Span:
+    """Its memory; that of a copy if it has gaps, or another order than ``like``, as a loaded state may have."""
+    if like is not None and tensor.shape == like.shape and tensor.stride() != like.stride():
+        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        copies.append(tensor)
+    if not is_dense(tensor):
+        tensor = tensor.detach().contiguous()
+        copies.append(tensor)
+    return tensor.data_ptr(), tensor.nbytes
+
+
+def _hash(entries: list[list[Span]], hashes: torch.Tensor) -> None:
+    _core.kernels.hash_many(entries, hashes.data_ptr())
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank{'s' if ranks[1:] else ''} {', '.join(map(str, ranks))}"
