@@ -197,10 +197,10 @@ def fork_while_threads_communicate(rank: int, n: int) -> None:
         for async_op in (False, True):
             with pytest.raises(par.UsageError, match="parent process"):
                 comm.all_reduce(torch.ones(3), async_op=async_op)
-        if i % 10 == 0:
+        if i % 4 == 0:
             end_the_interpreter(FINE)
 
-    for i in range(30):
+    for i in range(12):
         assert exit_code(fork(lambda i=i: child(i))) == FINE
     over.set()
     thread.join()
