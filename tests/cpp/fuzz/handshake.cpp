@@ -193,12 +193,6 @@ class Middleman {
   Fd listener_;
 };
 
-int lowest_free_descriptor() {
-  const int fd = fcntl(STDERR_FILENO, F_DUPFD, 0);
-  close(fd);
-  return fd;
-}
-
 void meet(int local_rank, const std::string& name) {
   const double start_s = now_s();
   try {
@@ -220,7 +214,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t num_bytes) {
   Input input(data, num_bytes);
   const World name_only(2);
   const std::string leaders = name_only.name(), members = leaders + "-middle";
-  const int before = lowest_free_descriptor();
+  const long before = num_descriptors();
   {
     Middleman middleman(input, leaders, members);
     std::thread leader([&] { meet(0, leaders); });
@@ -229,6 +223,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t num_bytes) {
     leader.join();
     member.join();
   }
-  CHECK(lowest_free_descriptor() == before);
+  CHECK(num_descriptors() == before);
   return 0;
 }
