@@ -1,4 +1,5 @@
-"""The library's own costs: the core without Python, the fingerprint of a call, the bookkeeping of an iteration."""
+"""The library's own costs: the core without Python, the fingerprint of a call, the bookkeeping of an iteration, the
+comparison of replicas."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import pytest
 
 from benchmarks.bookkeeping import METHODS, Bookkeeping
 from benchmarks.collectives import Case
+from benchmarks.drift import EVERY, Drift
+from benchmarks.drift import METHODS as METHODS_OF_DRIFT
 from benchmarks.harness import Book, Samples, interleave
 from benchmarks.native import Program, core_program
 from benchmarks.peers import RankSets
@@ -89,3 +92,26 @@ def test_bookkeeping(
 ) -> None:
     replay("bookkeeping", bookkeeping[method])
     assert bookkeeping[method].wrong == 0  # it had the buckets that it should have
+
+
+@pytest.fixture(scope="module")
+def drift(
+    rank_sets: RankSets, book: Book, blocks: int, quick: bool, batch: int
+) -> dict[str, Samples]:
+    model = "mlp" if quick else "resnet50"
+    (ranks,) = rank_sets.of(2, "torch")
+    source = Drift(ranks, model, batch)
+    try:
+        samples = interleave([source], blocks, 0.0, 2)
+    finally:
+        source.close()
+    share = samples["check"].median / EVERY / samples["step"].median
+    book.add("drift", samples, extra={"share": share}, model=model, ranks=2, batch=batch)
+    return samples
+
+
+@pytest.mark.parametrize("method", METHODS_OF_DRIFT)
+def test_drift(
+    drift: dict[str, Samples], method: str, replay: Callable[[str, Samples], None]
+) -> None:
+    replay("drift", drift[method])

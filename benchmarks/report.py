@@ -237,6 +237,16 @@ def _bookkeeping_row(book: Book) -> Row:
     return Row(what, time_name(spent_us), [Verdict(bar, f"{share:.2%}", share <= 0.01)])
 
 
+def _drift_row(book: Book) -> Row:
+    what, bar = "replica-drift sentinel, every 100 steps", "<= 0.1 % of the ResNet-50 step"
+    record = book.find("drift", model="resnet50")
+    if record is None:
+        return Row(what, "-", [Verdict(bar)])
+    spent_us, share = record["methods"]["check"]["median_us"], record["extra"]["share"]
+    figure = f"{time_name(spent_us)} each time"
+    return Row(what, figure, [Verdict(bar, f"{share:.3%}", share <= 0.001)])
+
+
 FINGERPRINT_BAR = Bar(
     "header fingerprint, made and compared", {}, "fingerprint", (), (AtMost(0.1),), "fingerprint"
 )
@@ -251,7 +261,7 @@ def rows_of(book: Book) -> list[Row]:
             ("aggregator, eager, shared", 1 / 6, "floor, shared"),
         )
     ]
-    own = [_bookkeeping_row(book), FINGERPRINT_BAR.row(book)]
+    own = [_bookkeeping_row(book), _drift_row(book), FINGERPRINT_BAR.row(book)]
     return [*(bar.row(book) for bar in COLLECTIVE_BARS), *steps, *_hook_rows(book), *own]
 
 
