@@ -224,7 +224,7 @@ def every_cause_is_found_and_named(comm: par.Communicator) -> None:
 def checkpoint_loaded_after_construction_is_found_at_once(comm: par.Communicator) -> None:
     for way in ("step", "eager", "torch.optim.SGD"):
         own = fresh_communicators(comm, way)
-        attached = WAYS[way](comm=own)
+        attached = WAYS[way](comm=own, check_every=100)
         if comm.rank == 1:
             load_another_checkpoint(attached[0])
         message = expect_alarm(own, attached, 1, "weights of 0.weight", 1, way)
@@ -339,7 +339,7 @@ def compares_in_the_first_and_every_so_many_th_iteration(comm: par.Communicator)
 def compares_after_writing(comm: par.Communicator) -> None:
     for update in ("step", "eager"):
         own = fresh_communicators(comm, update)
-        attached = model, optimizer, aggregator = attach(own, update)
+        attached = model, optimizer, aggregator = attach(own, update, check_every=100)
         for t in range(2):
             step(model, optimizer, comm.rank, t)
             with aggregator.writing():
