@@ -94,7 +94,6 @@ class EagerUpdater:
         # From here on the weights may change under a graph that still holds them.
         increment_version([slot.param for slot in bucket.slots])
         place.remember_versions(bucket)
-        self._updated = True
         work = self._comm.core.update(
             place.plan,
             [(scalars_of(group), change_of_unit(group)) for group in groups],
@@ -107,6 +106,7 @@ class EagerUpdater:
             is_reduced,
             layout,
         )
+        self._updated = True
         self._comm.keep_alive(work, bucket.flat, place.weights, place.momentum)
         return work
 

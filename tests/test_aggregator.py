@@ -1448,8 +1448,10 @@ def die_in_backward(rank: int, size: int, update: str, max_norm: float | None) -
     torn = aggregator.torn
     unchanged = torch.equal(weights_of(model), before)
     model(batch(0, 0, 4, 6))  # the network itself can still be used, to save or evaluate it
-    with pytest.raises(par.PeerError):
-        comm.barrier()
+    for again in (comm.barrier, loss_of(model, rank, 3).backward):
+        with pytest.raises(par.PeerError) as repeated:
+            again()
+        assert str(repeated.value) == str(caught.value)
     return {"peers": caught.value.peers, "torn": (torn, aggregator.torn), "unchanged": unchanged}
 
 
