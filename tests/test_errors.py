@@ -246,6 +246,10 @@ def close_in_the_middle(rank: int, n: int) -> float:
             work.wait()
         return took
     time.sleep(0.5)
+    comm.all_reduce(torch.ones(10))  # to which rank 0 had contributed
+    with pytest.raises(par.PeerError, match="rank 0 closed") as raised:
+        comm.barrier()
+    assert raised.value.peers == (0,)
     comm.close()
     return 0.0
 

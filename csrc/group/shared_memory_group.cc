@@ -138,6 +138,8 @@ void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
 
 void SharedMemoryGroup::report(const Error& error) {
   if (page(rank()).flag.failed.load(std::memory_order_relaxed)) return;
+  // It ends because it is being closed, which leave() tells, and which is no failure of this rank.
+  if (interrupted_.load(std::memory_order_relaxed)) return;
   // What concerns nobody else (no memory, an interrupt) concerns, for the others, this rank.
   std::vector<int> peers = error.peers();
   if (peers.empty()) peers = {link_.global_ranks()[rank()]};
