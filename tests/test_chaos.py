@@ -12,13 +12,15 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chaos import kernel_view
 from chaos.cases import DIMENSIONS, SENSELESS, Case, matrix, pairwise
-from chaos.judge import complaints
+from chaos.judge import Facts, complaints
 from chaos.server import Server
 from ranks import free_port_pair
 
@@ -69,6 +71,52 @@ def test_a_fault(server: Server, case: Case) -> None:
     facts = server.run(case)
     found = complaints(case, facts)
     assert not found, "\n".join([*found, *facts["stderr"]])
+
+
+def edited(facts: Facts, *path: str | int, value: object) -> Facts:
+    copy = deepcopy(facts)
+    place: Any = copy
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return copy
+
+
+def test_the_judge_notices(server: Server) -> None:
+    case = Case("kill", "in_reduction", 2, "step", 0)
+    victim, survivor = case.victim, 1 - case.victim
+    facts = server.run(case)
+    assert not complaints(case, facts)
+    error, record = ("records", survivor, "error"), ("records", survivor)
+    more = {
+        name: count + 1 for name, count in facts["records"][survivor]["holdings_before"].items()
+    }
+    for path, value, words in (
+        (("is_reached",), False, "moment"),
+        (("late",), [survivor], "did not end"),
+        (("left",), ["process 7"], "process 7"),
+        (("exit_codes", survivor), -11, "exit code -11"),
+        (("exit_codes", victim), 0, "exit code 0"),
+        (("ended_s", victim), facts["struck_s"] + 60, "ended 60"),
+        (("struck_s",), facts["struck_s"] - 2, "after the fault"),
+        (("stderr", survivor), "Traceback (most recent call last)", "traceback"),
+        (("stderr", victim), "terminate called", "crashed"),
+        (record, None, "no record"),
+        (error, None, "no error"),
+        ((*error, "type"), "TimeoutError", "instead of PeerError"),
+        ((*error, "peers"), [survivor], "names"),
+        ((*record, "again"), None, "succeeded"),
+        ((*record, "again", "message"), "another", "first cause"),
+        ((*record, "again", "called_s"), 0.0, "took"),
+        ((*record, "weights"), "mixed", "mixed"),
+        ((*record, "strange"), True, "neither"),
+        ((*record, "close_s"), 60.0, "close()"),
+        ((*record, "holdings_after"), more, "threads"),
+        ((*record, "holdings_after"), more, "descriptors"),
+        ((*record, "holdings_after"), more, "mappings"),
+    ):
+        found = complaints(case, edited(facts, *path, value=value))
+        assert any(words in text for text in found), (path, value, found)
 
 
 # --- under the launchers ---------------------------------------------------------------------------------------------

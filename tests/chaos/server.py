@@ -265,13 +265,12 @@ def direct(job: Job) -> bool:
     """Waits for the moment, strikes, lets everybody go. False if the moment did not come."""
     case = job.case
     deadline = time.monotonic() + CASE_S
-    reached = True
     if case.fault != "allocation":  # which strikes in the course of the program
         moment_deadline = time.monotonic() + MOMENT_S
-        while not (reached := is_reached(job)) and time.monotonic() < moment_deadline:
+        while not is_reached(job):
+            if time.monotonic() > moment_deadline:
+                return False
             time.sleep(0.001)
-        if not reached:
-            return False
         strike(job)
         while not job.board.struck_s(case.victim) and time.monotonic() < deadline:
             time.sleep(0.001)  # a signal handler of Python's, or a thread: nobody else moves before
@@ -281,8 +280,9 @@ def direct(job: Job) -> bool:
     if case.fault == "stop":
         survivors = {rank for rank in range(case.size) if rank != case.victim}
         job.collect(lambda: not survivors & set(job.alive()), deadline)
-        job.order(case.victim, b"o")
-        os.kill(job.pids[case.victim], signal.SIGCONT)
+        if case.victim in job.alive():
+            job.order(case.victim, b"o")
+            os.kill(job.pids[case.victim], signal.SIGCONT)
     job.collect(lambda: not job.alive(), deadline)
     return True
 
@@ -311,11 +311,11 @@ def leftovers(job: Job, before: set[str]) -> list[str]:
 
 def facts_of(job: Job, start_s: float) -> Facts:
     shared_before = set(os.listdir("/dev/shm"))
-    is_reached = direct(job)
+    came = direct(job)
     late = job.alive()
     texts = job.end()
     return {
-        "is_reached": is_reached,
+        "is_reached": came,
         "late": late,
         "struck_s": job.board.struck_s(job.case.victim),
         "exit_codes": job.exit_codes,
