@@ -10,6 +10,12 @@ __version__: str
 has_cuda: bool
 
 def now_s() -> float: ...
+def num_callers() -> int:
+    """Threads inside a call of a Communicator or Work, other than asynchronous ones."""
+
+def forget_callers() -> None:
+    """In a forked child, which has none of them."""
+
 def cuda_device_count() -> int: ...
 def select_isa(isa: str) -> bool: ...
 
@@ -81,6 +87,7 @@ class Communicator:
         layout: int,
         watched_elems: int,
         norm_is_wanted: bool,
+        subject: str,
         /,
     ) -> Work:
         """An asynchronous all_reduce of symmetric memory with findings() about the first ``watched_elems``."""
@@ -97,11 +104,15 @@ class Communicator:
         scale: float,
         is_reduced: bool,
         layout: int,
+        subject: str,
         /,
     ) -> Work:
         """``scale``: of the sum of all ranks' gradients; of this rank's, if they are reduced already."""
 
     def allocate(self, num_elems: int, dtype: DType, one_copy: bool, /) -> Part: ...
+    def fail_mismatch(self, message: str, peers: Sequence[int], /) -> None:
+        """Every later call raises this MismatchError, unless another error came first."""
+
     def refuse_forked_child(self) -> None:
         """UsageError there."""
 

@@ -25,7 +25,15 @@ from torch.utils._pytree import tree_leaves
 
 from pyallreduce import _core, clipping
 from pyallreduce._buffer import DTYPES, OPS, is_dense, span_of
-from pyallreduce.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot, layout_hash, make_buckets
+from pyallreduce.agreement import check_agreement
+from pyallreduce.buckets import (
+    DEFAULT_BUCKET_BYTES,
+    Bucket,
+    Slot,
+    layout_hash,
+    layout_lines,
+    make_buckets,
+)
 from pyallreduce.communicator import Communicator
 from pyallreduce.drift import DriftSentinel
 from pyallreduce.eager import EagerUpdater, check_optimizer
@@ -114,10 +122,18 @@ class GradientAggregator:
         for slot in self._slots:
             span_of(slot.param.detach().flatten(), f"parameter {slot.name}")  # device and dtype
         sgd = check_optimizer(optimizer, self._buckets) if update == "eager" else None
-        options = (op, update, str(bool(share_parameters)), str(max_norm), str(check_every))
-        self._layout = layout_hash(module, self._buckets, options)
+        options = {
+            "op": op,
+            "update": update,
+            "bucket_bytes": bucket_bytes or DEFAULT_BUCKET_BYTES,
+            "share_parameters": bool(share_parameters),
+            "max_norm": max_norm,
+            "check_every": check_every,
+        }
+        lines = layout_lines(module, self._buckets, options)
+        self._layout = layout_hash(lines)
         self._trace = open_trace(comm.rank, comm.size)
-        comm.core.barrier(self._layout)
+        check_agreement(comm, lines)
         self._broadcast(module)
         for bucket in self._buckets:
             bucket.allocate(comm)
@@ -138,6 +154,7 @@ class GradientAggregator:
         self._begun_to_sync = False  # and it is to aggregate them
         self._attempt = 0  # backwards that raised before their end
         self._failed: _core.Work | None = None  # the communicator is of no use any more, and why
+        self._num_steps = 0  # of the optimizer
         self._torn = False
         self._updating = False  # an eager update is under way
         self._next = 0  # the first bucket whose collective has not started
@@ -342,7 +359,7 @@ class GradientAggregator:
             self._sentinel.begin()
         if self._updater is not None and self._max_norm is None:
             self._updating = True
-            work = self._updater.submit(bucket, self._layout_of(bucket))
+            work = self._updater.submit(bucket, self._layout_of(bucket), self._subject_of(bucket))
         else:
             address, numel, dtype, _ = span_of(bucket.flat)
             work = self.comm.core.aggregate(
@@ -353,6 +370,7 @@ class GradientAggregator:
                 self._layout_of(bucket),
                 bucket.flags_begin,
                 self._max_norm is not None,
+                self._subject_of(bucket),
             )
             self.comm.keep_alive(work, bucket.flat)
         increment_version(bucket.flat)
@@ -362,8 +380,16 @@ class GradientAggregator:
         self._next += 1
 
     def _layout_of(self, bucket: Bucket) -> int:
-        """With the index, so that a rank that has lost a backward is told so and does not mix up buckets."""
-        return (self._layout + self._attempt * len(self._buckets) + bucket.index) % 2**64
+        """With the index, so that a rank that has lost a backward is told so and does not mix up buckets; with the
+        iteration, so that one that has communicated less often does not mix up gradients."""
+        where = self._num_steps << 32 | self._attempt << 16 | bucket.index
+        return (self._layout + where) % 2**64
+
+    def _subject_of(self, bucket: Bucket) -> str:
+        """For the message if another rank calls something else."""
+        attempt = f" (after {self._attempt} that raised)" if self._attempt else ""
+        iteration = f"iteration {self._num_steps + 1}{attempt}"
+        return f"bucket {bucket.index}, {bucket.span_of_names}, in {iteration}"
 
     def _wait(self) -> None:
         wait_start_s = _core.now_s()
@@ -410,7 +436,9 @@ class GradientAggregator:
             if is_finite:
                 self._updating = True
                 updates = [
-                    self._updater.submit_reduced(bucket, clip, self._layout_of(bucket))
+                    self._updater.submit_reduced(
+                        bucket, clip, self._layout_of(bucket), self._subject_of(bucket)
+                    )
                     for bucket in self._buckets
                 ]
                 for work in updates:
@@ -470,7 +498,10 @@ class GradientAggregator:
         self._step_start_s = _core.now_s()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._current is None or not self._is_ours(optimizer):
+        if not self._is_ours(optimizer):
+            return
+        self._num_steps += 1
+        if self._current is None:
             return
         now = self._current.end_s = _core.now_s()
         self._current.add("update", self._step_start_s, now)

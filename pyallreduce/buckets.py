@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -63,6 +64,11 @@ class Bucket:
         self.flags: torch.Tensor
         for i, slot in enumerate(slots):
             slot.bucket, slot.index = self, i
+
+    @property
+    def span_of_names(self) -> str:
+        names = [self.slots[0].name, self.slots[-1].name]
+        return " to ".join(dict.fromkeys(names))
 
     @property
     def nbytes(self) -> int:
@@ -140,17 +146,33 @@ def make_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[Bucket]:
     return [Bucket(i, slots, slots[0].param.dtype) for i, slots in enumerate(closed)]
 
 
-def layout_hash(module: torch.nn.Module, buckets: list[Bucket], options: tuple[str, ...]) -> int:
-    """Equal on two ranks if and only if, but for collisions, their parameters, buffers, buckets and options are."""
-    text = repr(
-        [
-            (name, tuple(t.shape), t.stride(), str(t.dtype))
-            for name, t in [*module.named_parameters(), *module.named_buffers()]
-        ]
-        + [[(slot.name, slot.begin) for slot in bucket.slots] for bucket in buckets]
-        + [options]
-    )
-    return (zlib.crc32(text.encode()) << 32 | zlib.adler32(text.encode())) or 1
+def layout_lines(
+    module: torch.nn.Module, buckets: list[Bucket], options: dict[str, Any]
+) -> list[str]:
+    """Equal on two ranks if and only if their options, parameters, buffers and buckets are; for people to read."""
+    return [
+        *(f"{name}={value!r}" for name, value in options.items()),
+        *(f"parameter {name} ({_form_of(p)})" for name, p in module.named_parameters()),
+        "no more parameters",
+        *(f"buffer {name} ({_form_of(b)})" for name, b in module.named_buffers()),
+        "no more buffers",
+        *(
+            f"parameter {slot.name} at element {slot.begin} of bucket {bucket.index}"
+            for bucket in buckets
+            for slot in bucket.slots
+        ),
+    ]
+
+
+def _form_of(tensor: torch.Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    trained = "trained" if tensor.requires_grad else "not trained"
+    return f"{dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}, {trained}"
+
+
+def layout_hash(lines: list[str]) -> int:
+    text = "\n".join(lines).encode()
+    return (zlib.crc32(text) << 32 | zlib.adler32(text)) or 1
 
 
 def _end_of(slot: Slot) -> int:

@@ -6,6 +6,8 @@ for all ranks of the host; the momentum is kept once per host, readable whole on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.graph import increment_version
 
@@ -55,6 +57,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, buckets: list[Bucke
     return optimizer
 
 
+def _rule_of(group: dict[str, Any]) -> str:
+    """What ranks may have set differently."""
+    names = {"lr": "lr", "momentum": "momentum", "weight_decay": "weight decay"}
+    return ", ".join(f"{name} {float(group[key]):g}" for key, name in names.items())
+
+
 class EagerUpdater:
     """Collective construction, in bucket order. ``optimizer`` has passed ``check_optimizer``; ``scale`` is that of the
     ranks' summed gradients. ``is_shared``: one copy of the parameters for all ranks of the host."""
@@ -78,15 +86,17 @@ class EagerUpdater:
         self.adopt_weights()
         self.adopt_momentum()
 
-    def submit(self, bucket: Bucket, layout: int) -> _core.Work:
+    def submit(self, bucket: Bucket, layout: int, subject: str) -> _core.Work:
         """Starts the bucket's one pass; the learning rates are those of now."""
-        return self._submit(bucket, self._scale, False, layout)
+        return self._submit(bucket, self._scale, False, layout, subject)
 
-    def submit_reduced(self, bucket: Bucket, clip: float, layout: int) -> _core.Work:
+    def submit_reduced(self, bucket: Bucket, clip: float, layout: int, subject: str) -> _core.Work:
         """Starts the second of two passes: gradients are reduced, to be multiplied by ``clip``."""
-        return self._submit(bucket, clip, True, layout)
+        return self._submit(bucket, clip, True, layout, subject)
 
-    def _submit(self, bucket: Bucket, scale: float, is_reduced: bool, layout: int) -> _core.Work:
+    def _submit(
+        self, bucket: Bucket, scale: float, is_reduced: bool, layout: int, subject: str
+    ) -> _core.Work:
         if not self.is_shared:
             self._adopt_weights(bucket)
         place, groups = self._places[bucket.index], self._optimizer.param_groups
@@ -105,6 +115,7 @@ class EagerUpdater:
             scale,
             is_reduced,
             layout,
+            f"{subject}, with {'; '.join(map(_rule_of, groups))}",
         )
         self._updated = True
         self._comm.keep_alive(work, bucket.flat, place.weights, place.momentum)

@@ -1,4 +1,5 @@
 // One rank's engine over the ranks of its host.
+#include <atomic>
 #include <optional>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +16,14 @@ namespace py = pybind11;
 namespace pyar {
 namespace {
 
+// Threads of Python inside the core without the GIL.
+std::atomic<int> num_callers{0};
+
+struct Caller {
+  Caller() { ++num_callers; }
+  ~Caller() { --num_callers; }
+};
+
 // Lets Python handle signals while a call waits without the GIL. A handler that raises (Ctrl-C)
 // ends the wait: the core sees an Error, the caller of this call the exception of the handler.
 class SignalCheck {
@@ -23,6 +32,7 @@ class SignalCheck {
 
   template <typename Body>
   void run(Body body) {
+    const Caller caller;
     try {
       const py::gil_scoped_release release;
       body(std::function<void()>([this] { check(); }));
@@ -74,9 +84,12 @@ class Communicator {
     return nullptr;
   }
 
-  std::shared_ptr<Work> submit(Engine::Task task, uint64_t layout, const Findings& wanted) {
-    return engine_->submit(std::move(task), layout, wanted);
+  std::shared_ptr<Work> submit(Engine::Task task, uint64_t layout, const Findings& wanted,
+                               std::string subject) {
+    return engine_->submit(std::move(task), layout, wanted, std::move(subject));
   }
+
+  void fail(const MismatchError& error) { engine_->fail(std::make_exception_ptr(error)); }
 
   std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy) {
     std::shared_ptr<SymmetricBuffer> buffer;
@@ -140,9 +153,13 @@ std::vector<UpdatePiece> pieces_of(const UpdatePlan& plan,
 }  // namespace
 
 void bind_communicator(py::module_& m) {
+  m.def("num_callers", [] { return num_callers.load(); });
+  m.def("forget_callers", [] { num_callers = 0; });
+
   py::class_<Work, std::shared_ptr<Work>>(m, "Work")
       .def("wait",
            [](Work& work) {
+             const Caller caller;
              bool done = false;
              while (!done) {
                {
@@ -245,16 +262,17 @@ void bind_communicator(py::module_& m) {
            })
       .def("aggregate",
            [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
-              size_t watched_elems, bool norm_is_wanted) {
+              size_t watched_elems, bool norm_is_wanted, std::string subject) {
              const Span span{address(data), num_elems, dtype};
              return self.submit(
                  [=](Group& group, const Call& call) { group.all_reduce(span, op, call); }, layout,
-                 {.num_elems = watched_elems, .norm_is_wanted = norm_is_wanted});
+                 {.num_elems = watched_elems, .norm_is_wanted = norm_is_wanted},
+                 std::move(subject));
            })
       .def("update",
            [](C& self, const UpdatePlan& plan, const std::vector<GroupFactors>& groups,
               uintptr_t gradients, size_t num_elems, uintptr_t weights, uintptr_t momentum,
-              DType dtype, double scale, bool is_reduced, uint64_t layout) {
+              DType dtype, double scale, bool is_reduced, uint64_t layout, std::string subject) {
              return self.submit(
                  [=, &group = self.group(), pieces = pieces_of(plan, groups),
                   flags_begin = plan.flags_begin](Group&, const Call& call) {
@@ -267,7 +285,11 @@ void bind_communicator(py::module_& m) {
                                  .scale = scale},
                                 call);
                  },
-                 layout, {});
+                 layout, {}, std::move(subject));
+           })
+      .def("fail_mismatch",
+           [](C& self, const std::string& message, std::vector<int> peers) {
+             self.fail(MismatchError(message, std::move(peers)));
            })
       .def("allocate",
            [](C& self, size_t num_elems, DType dtype, bool one_copy) {

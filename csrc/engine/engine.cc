@@ -50,12 +50,14 @@ void Engine::check_usable() const {
   if (closed_) throw UsageError("the communicator has been closed");
 }
 
-std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout, const Findings& wanted) {
+std::shared_ptr<Work> Engine::submit(Task task, uint64_t layout, const Findings& wanted,
+                                     std::string subject) {
   refuse_forked_child();
   const std::shared_ptr<Work> work(new Work, DeleteByOwner());
   work->task_ = std::move(task);
   work->layout_ = layout;
   work->findings_ = wanted;
+  work->subject_ = std::move(subject);
   work->times_.enqueued_s = now_s();
   const std::lock_guard lock(mutex_);
   check_usable();
@@ -135,7 +137,8 @@ void Engine::execute(Work& work) {
                              .patience = kSleepSoon,
                              .present_patience = patience_,
                              .arrivals_s = work.times_.arrivals_s.data(),
-                             .findings = &work.findings_});
+                             .findings = &work.findings_,
+                             .subject = work.subject_});
   } catch (...) {
     work.error_ = std::current_exception();
   }

@@ -42,6 +42,7 @@ class Work {
   OwnerProcess owner_;
   std::function<void(Group&, const Call&)> task_;
   uint64_t sequence_ = 0, layout_ = 0;
+  std::string subject_;
   Times times_;
   Findings findings_;
   mutable std::mutex mutex_;
@@ -68,7 +69,8 @@ class Engine {
 
   // Queues a collective. Calls must come in the same order on all ranks. Throws the first error if
   // one has happened. `wanted`: what the collective is to look out for.
-  std::shared_ptr<Work> submit(Task task, uint64_t layout, const Findings& wanted = {});
+  std::shared_ptr<Work> submit(Task task, uint64_t layout, const Findings& wanted = {},
+                               std::string subject = {});
   // The same and waits; on an idle engine it runs on the calling thread, without hand-over.
   // on_slice runs now and then while it waits, and may throw: that is an error of the collective.
   void run(const Task& task, uint64_t layout, const std::function<void()>& on_slice);

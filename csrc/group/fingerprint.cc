@@ -12,15 +12,17 @@ namespace {
 // A call, and the ranks (global, ascending) that made it.
 struct Camp {
   Fingerprint call;
+  std::string subject;
   std::vector<int> ranks;
 };
 
-std::vector<Camp> camps_of(std::span<const Fingerprint> by_rank,
-                           std::span<const int> global_ranks) {
+std::vector<Camp> camps_of(std::span<const Fingerprint> by_rank, std::span<const int> global_ranks,
+                           std::span<const std::string> subjects) {
   std::vector<Camp> camps;
   for (size_t r = 0; r < by_rank.size(); ++r) {
     auto camp = std::ranges::find(camps, by_rank[r], &Camp::call);
-    if (camp == camps.end()) camp = camps.insert(camp, Camp{by_rank[r], {}});
+    if (camp == camps.end())
+      camp = camps.insert(camp, {by_rank[r], subjects.empty() ? std::string() : subjects[r], {}});
     camp->ranks.push_back(global_ranks[r]);
   }
   for (Camp& camp : camps) std::ranges::sort(camp.ranks);
@@ -40,7 +42,7 @@ Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, i
           .root = root};
 }
 
-std::string describe(const Fingerprint& call) {
+std::string describe(const Fingerprint& call, std::string_view subject) {
   const auto kind = static_cast<Kind>(call.kind);
   std::string text = std::string(name_of(kind)) + "(";
   if (kind != Kind::kBarrier) {
@@ -54,12 +56,15 @@ std::string describe(const Fingerprint& call) {
       text += hex;
     }
   }
-  return text + ") as call " + std::to_string(call.sequence);
+  text += ")";
+  if (!subject.empty()) text.append(" of ").append(subject);
+  return text + " as call " + std::to_string(call.sequence);
 }
 
 void throw_mismatch(int self_rank, std::span<const Fingerprint> by_rank,
-                    std::span<const int> global_ranks) {
-  const std::vector<Camp> camps = camps_of(by_rank, global_ranks);  // camps[0] holds by_rank[0]
+                    std::span<const int> global_ranks, std::span<const std::string> subjects) {
+  // camps[0] holds by_rank[0].
+  const std::vector<Camp> camps = camps_of(by_rank, global_ranks, subjects);
   const auto size_of_camp = [](const Camp& camp) { return camp.ranks.size(); };
   const size_t most = size_of_camp(*std::ranges::max_element(camps, {}, size_of_camp));
   const bool tie = std::ranges::count(camps, most, size_of_camp) > 1;
@@ -69,12 +74,12 @@ void throw_mismatch(int self_rank, std::span<const Fingerprint> by_rank,
   std::vector<int> peers;
   for (const Camp& camp : camps) {
     if (&camp == &right) continue;
-    calls += names_of(camp.ranks) + " called " + describe(camp.call) + ", ";
+    calls += names_of(camp.ranks) + " called " + describe(camp.call, camp.subject) + ", ";
     peers.insert(peers.end(), camp.ranks.begin(), camp.ranks.end());
   }
   std::ranges::sort(peers);
   throw MismatchError("ranks disagree about a collective: " + calls + "but " +
-                          names_of(right.ranks) + " called " + describe(right.call) +
+                          names_of(right.ranks) + " called " + describe(right.call, right.subject) +
                           " (seen by rank " +
                           std::to_string(global_ranks[static_cast<size_t>(self_rank)]) +
                           "). All ranks must make the same calls in the same order.",

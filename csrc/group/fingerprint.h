@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "base/dtype.h"
@@ -47,14 +48,15 @@ static_assert(std::is_trivially_copyable_v<Fingerprint> && sizeof(Fingerprint) =
 Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
                         const Call& call);
 
-// "all_reduce(sum, float32, 1024 elements) as call 7"
-std::string describe(const Fingerprint& call);
+// "all_reduce(sum, float32, 1024 elements) of <subject> as call 7"
+std::string describe(const Fingerprint& call, std::string_view subject = {});
 
 // Throws the MismatchError of a collective in which not all of `by_rank` are equal. What most ranks
 // called counts as right (a tie: what by_rank[0] called); `peers` are those that called something
 // else. `self_rank` indexes by_rank; `global_ranks` (as long) holds the names that users know the
-// ranks by.
+// ranks by, `subjects` (as long, or empty) what each rank says its data are.
 [[noreturn]] void throw_mismatch(int self_rank, std::span<const Fingerprint> by_rank,
-                                 std::span<const int> global_ranks);
+                                 std::span<const int> global_ranks,
+                                 std::span<const std::string> subjects = {});
 
 }  // namespace pyar

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "base/dtype.h"
 #include "base/wait.h"
@@ -48,6 +49,7 @@ struct Call {
       nullptr;  // [size] or null: where to write when each rank arrived (clock of now_s())
   Findings* findings =
       nullptr;  // or null; only SharedMemoryGroup looks, in all_reduce in place and update
+  std::string_view subject = {};  // what the data are, for messages; SharedMemoryGroup tells peers
 };
 
 // Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws

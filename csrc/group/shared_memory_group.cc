@@ -52,6 +52,8 @@ SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, con
   const size_t parity = mine.sequence % 2;
   const uint64_t buffer_id = where.buffer ? where.buffer->id : 0;
   page(rank()).notices[parity] = {mine, buffer_id, where.offset_bytes, now_s()};
+  char* const subject = page(rank()).subjects[parity];
+  subject[call.subject.copy(subject, kSubjectBytes - 1)] = '\0';
   if (call.patience.is_crowded()) spread_out();
   next_phase(call, call.patience);
 
@@ -65,8 +67,18 @@ SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, con
   }
   if (agreed) return same_place ? Places::kSame : ordinary ? Places::kOrdinary : Places::kMixed;
   std::vector<Fingerprint> by_rank;
-  for (int r = 0; r < size(); ++r) by_rank.push_back(page(r).notices[parity].fingerprint);
-  throw_mismatch(rank(), by_rank, link_.global_ranks());
+  std::vector<std::string> subjects;
+  for (int r = 0; r < size(); ++r) {
+    by_rank.push_back(page(r).notices[parity].fingerprint);
+    subjects.push_back(subject_of(r, parity));
+  }
+  throw_mismatch(rank(), by_rank, link_.global_ranks(), subjects);
+}
+
+// Written by another process: bounded before use.
+std::string SharedMemoryGroup::subject_of(int rank, size_t parity) const {
+  const char* const text = page(rank).subjects[parity];
+  return {text, strnlen(text, kSubjectBytes)};
 }
 
 void SharedMemoryGroup::next_phase(const Call& call, Patience patience) {
@@ -106,7 +118,7 @@ void SharedMemoryGroup::spread_out() {
 }
 
 void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
-  const std::string where = describe(current_);
+  const std::string where = describe(current_, call.subject);
   // The dead first: what a rank reported before it died is then certain to be seen, and is the
   // better cause.
   std::vector<int> dead, gone, absent;
@@ -127,7 +139,8 @@ void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
                         "; see its log for the reason",
                     dead);
   if (interrupted_.load(std::memory_order_relaxed))
-    throw Error("the communicator was closed during " + where);
+    throw PeerError(names_of({global_rank()}) + " closed the communicator during " + where,
+                    {global_rank()});
   if (late && !absent.empty())
     throw TimeoutError(names_of(absent) + " had not arrived at " + where + " after " +
                            seconds(call.deadline.timeout_s()) +

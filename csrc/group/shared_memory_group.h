@@ -107,12 +107,14 @@ class SharedMemoryGroup final : public Group {
     int32_t peers[kMaxPeers];
     char message[1024];
   };
+  static constexpr size_t kSubjectBytes = 256;
   // All that a rank writes for the others to read, except data.
   struct alignas(4096) Page {
     PhaseFlag flag;
     // Alternate: a rank may announce its next call while a slow one still reads the notice of this
     // one; it cannot be two calls ahead, since each call waits for all.
     Notice notices[2];
+    char subjects[2][kSubjectBytes];  // of the notices, for messages; cut short, with its end
     // What this rank found in its shard. Written between the two phases of a collective, read by
     // all after the second; not written again before all have announced the next.
     Found found;
@@ -142,6 +144,7 @@ class SharedMemoryGroup final : public Group {
   void next_phase(const Call& call, Patience patience);
   // Goes to a core with fewer ranks, if there is one.
   void spread_out();
+  std::string subject_of(int rank, size_t parity) const;
   void all_reduce_in_place(const Location& where, Span data, Op op, Findings* findings);
   void all_reduce_staged(Span data, Op op, const Call& call);
   void reduce_slots(unsigned turn, Range elems, DType dtype, Op op, void* to, Findings* findings);
