@@ -6,6 +6,7 @@ import atexit
 import collections
 import os
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -249,6 +250,12 @@ class Communicator:
 def _close_all() -> None:
     for comm in list(_open):
         comm.close()
+    # Their calls end now. Threads that nobody joins must be back in Python when the interpreter ends: it ends them as
+    # they ask for the GIL, which C++ code does not survive.
+    give_up_at = time.monotonic() + 1.0
+    while _core.num_callers() > 0 and time.monotonic() < give_up_at:
+        time.sleep(0.001)
 
 
 atexit.register(_close_all)
+os.register_at_fork(after_in_child=_core.forget_callers)

@@ -6,6 +6,7 @@ by the core's worker, which does not touch Python.
 """
 
 # No postponed annotations: DDP compares those of a hook with its own types.
+import atexit
 import gc
 import queue
 import threading
@@ -30,12 +31,18 @@ class _Completer:
         self._queue: queue.SimpleQueue[tuple[Work, Future[Any], torch.Tensor] | None]
         self._queue = queue.SimpleQueue()
         weakref.finalize(comm, self._queue.put, None)
-        threading.Thread(target=self._run, name="pyallreduce-futures", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="pyallreduce-futures", daemon=True)
+        self._thread.start()
 
     def complete(self, work: Work, result: torch.Tensor) -> Future[Any]:
         future: Future[Any] = Future()
         self._queue.put((work, future, result))
         return future
+
+    def end(self) -> None:
+        """Of the communicator's calls, all have ended."""
+        self._queue.put(None)
+        self._thread.join(1.0)
 
     def _run(self) -> None:
         while True:
@@ -53,6 +60,16 @@ class _Completer:
 
 
 _completers: weakref.WeakKeyDictionary[Communicator, _Completer] = weakref.WeakKeyDictionary()
+
+
+def _end_all() -> None:
+    """Before the interpreter ends: it would end the threads as they ask for the GIL, in the middle of torch's C++."""
+    for comm, completer in list(_completers.items()):
+        comm.close()
+        completer.end()
+
+
+atexit.register(_end_all)
 
 
 def allreduce_hook(state: Communicator, bucket: dist.GradBucket) -> Future[torch.Tensor]:

@@ -67,6 +67,8 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
 
 def _tcp_store(launch: Launch, timeout_s: float) -> dist.TCPStore:
     hosts_it = launch.rank == 0 and not launch.agent_store
+    if not hosts_it:
+        _wait_for_listener(launch, timeout_s)
     try:
         return dist.TCPStore(
             launch.address,
@@ -82,11 +84,27 @@ def _tcp_store(launch: Launch, timeout_s: float) -> dist.TCPStore:
                 f"rank 0 cannot listen on port {launch.port} for the rendezvous ({error}). "
                 "Another job may use it: set PYALLREDUCE_PORT to a free port, equal on all ranks"
             ) from error
-        raise TimeoutError(
-            f"rank {launch.rank} could not reach rank 0 at {launch.address}:{launch.port} within "
-            f"{timeout_s} s. Has rank 0 called init()? Is MASTER_ADDR right?",
-            (0,),
-        ) from error
+        raise _unreachable(launch, timeout_s) from error
+
+
+def _wait_for_listener(launch: Launch, timeout_s: float) -> None:
+    """Torch's store waits, too, but deaf to Ctrl-C."""
+
+    def listens() -> bool:
+        with suppress(OSError), socket.create_connection((launch.address, launch.port), 1.0):
+            return True
+        return False
+
+    if not _wait_until(listens, time.monotonic() + timeout_s):
+        raise _unreachable(launch, timeout_s)
+
+
+def _unreachable(launch: Launch, timeout_s: float) -> TimeoutError:
+    return TimeoutError(
+        f"rank {launch.rank} could not reach rank 0 at {launch.address}:{launch.port} within "
+        f"{timeout_s} s. Has rank 0 called init()? Is MASTER_ADDR right?",
+        (0,),
+    )
 
 
 def _leave_stores_to_parent() -> None:
