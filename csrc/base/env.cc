@@ -1,6 +1,7 @@
 #include "base/env.h"
 
 #include <charconv>
+#include <cstdlib>
 #include <string_view>
 #include <unistd.h>
 
@@ -58,6 +59,11 @@ Env read_env() {
     known->read(env, name, line.substr(name.size() + 1));
   }
   return env;
+}
+
+std::string temporary_folder() {
+  const char* const folder = std::getenv("TMPDIR");
+  return folder && *folder ? folder : "/tmp";
 }
 
 }  // namespace pyar

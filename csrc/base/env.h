@@ -22,5 +22,7 @@ struct Env {
 // Reads PYALLREDUCE_* anew. UsageError for an unknown name (it lists the known ones) and for a
 // value that cannot be read.
 Env read_env();
+// TMPDIR, by default /tmp.
+std::string temporary_folder();
 
 }  // namespace pyar

@@ -1,5 +1,5 @@
-// Memory shared by the ranks of a host. Anonymous (memfd): not limited by the size of /dev/shm, and
-// nothing is left behind by kill -9.
+// Memory shared by the ranks of a host. Anonymous (memfd, or a file without a name): nothing is
+// left behind by kill -9. A memfd is not limited by the size of /dev/shm.
 #pragma once
 
 #include <cstddef>
