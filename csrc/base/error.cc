@@ -4,6 +4,8 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <set>
+#include <string_view>
 
 namespace pyar {
 
@@ -21,6 +23,28 @@ void throw_error(Cause cause, const std::string& message, std::vector<int> peers
       break;
   }
   throw Error(message, std::move(peers));
+}
+
+ErrorReport report_of(const Error& error, int reporter) {
+  std::vector<int> peers = error.peers();
+  if (peers.empty()) peers = {reporter};
+  ErrorReport report{};
+  report.cause = static_cast<int32_t>(error.cause());
+  report.num_peers = static_cast<uint32_t>(std::min<size_t>(peers.size(), ErrorReport::kMaxPeers));
+  std::copy_n(peers.begin(), report.num_peers, report.peers);
+  std::strncpy(report.message, error.what(), sizeof report.message - 1);
+  return report;
+}
+
+void throw_reported(const ErrorReport report, const std::vector<int>& ranks, int reporter) {
+  std::set<int> peers;
+  for (uint32_t i = 0; i < std::min(report.num_peers, ErrorReport::kMaxPeers); ++i)
+    if (std::ranges::find(ranks, report.peers[i]) != ranks.end()) peers.insert(report.peers[i]);
+  std::string message(report.message, strnlen(report.message, sizeof report.message));
+  constexpr std::string_view kReported = " (reported by rank ";
+  if (message.find(kReported) == std::string::npos)  // who met it, not who passed it on
+    message.append(kReported).append(std::to_string(reporter)).append(")");
+  throw_error(static_cast<Cause>(report.cause), message, {peers.begin(), peers.end()});
 }
 
 std::string names_of(const std::vector<int>& ranks) {

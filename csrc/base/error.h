@@ -2,6 +2,7 @@
 // ranks, sorted.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -48,6 +49,22 @@ struct MismatchError : Error {
 
 // Throws the member of the family that `cause` names: errors that another rank reported.
 [[noreturn]] void throw_error(Cause cause, const std::string& message, std::vector<int> peers);
+
+// An error as plain bytes: how one rank tells it to the others, through shared memory or a socket.
+struct ErrorReport {
+  static constexpr uint32_t kMaxPeers = 64;
+  int32_t cause;
+  uint32_t num_peers;
+  int32_t peers[kMaxPeers];
+  char message[1024];
+};
+// `reporter`: the global rank that has met the error. What concerns nobody else (no memory, an
+// interrupt) concerns, for the others, the reporter.
+ErrorReport report_of(const Error& error, int reporter);
+// The reader's half. The report was written by another process: copied first, since it may still
+// change, and bounded before use; who is not among `ranks` is nobody's peer.
+[[noreturn]] void throw_reported(ErrorReport report, const std::vector<int>& ranks, int reporter);
+
 // "rank 3", "ranks 0, 2": how messages name ranks. Many are cut short, `peers` of an error holds
 // all of them.
 std::string names_of(const std::vector<int>& ranks);

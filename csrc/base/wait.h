@@ -23,6 +23,12 @@ class Deadline {
   void on_slice() const {
     if (on_slice_) (*on_slice_)();
   }
+  // Later by extra_s; timeout_s(), which messages name, stays what the user gave.
+  Deadline plus(double extra_s) const {
+    Deadline later = *this;
+    later.at_s_ += extra_s;
+    return later;
+  }
 
  private:
   double timeout_s_, at_s_;

@@ -31,11 +31,8 @@ SharedMemoryGroup::SharedMemoryGroup(HostLink link, const Deadline& deadline)
     : link_(std::move(link)), control_([&] {
         static_assert(sizeof(Page) % 4096 == 0);
         const size_t ranks = static_cast<size_t>(link_.local_size());
-        const size_t bytes = ranks * (sizeof(Page) + 2 * kTurnBytes);
-        if (link_.local_rank() != 0) return link_.take(bytes, deadline);
-        Segment control = Segment::create(bytes);  // zeroed: a valid state of every page
-        link_.give(control);
-        return control;
+        // Zeroed: a valid state of every page.
+        return link_.share(ranks * (sizeof(Page) + 2 * kTurnBytes), deadline);
       }()) {}
 
 char* SharedMemoryGroup::slot(int rank, unsigned turn) const {
@@ -153,15 +150,8 @@ void SharedMemoryGroup::report(const Error& error) {
   if (page(rank()).flag.failed.load(std::memory_order_relaxed)) return;
   // It ends because it is being closed, which leave() tells, and which is no failure of this rank.
   if (interrupted_.load(std::memory_order_relaxed)) return;
-  // What concerns nobody else (no memory, an interrupt) concerns, for the others, this rank.
-  std::vector<int> peers = error.peers();
-  if (peers.empty()) peers = {link_.global_ranks()[rank()]};
-  Report& report = page(rank()).report;
-  report.cause = static_cast<int32_t>(error.cause());
-  report.num_peers = static_cast<uint32_t>(std::min<size_t>(peers.size(), Report::kMaxPeers));
-  std::copy_n(peers.begin(), report.num_peers, report.peers);
-  std::strncpy(report.message, error.what(), sizeof report.message - 1);
-  // Publishes the fields above: pairs with the acquire in watch().
+  page(rank()).report = report_of(error, link_.global_ranks()[rank()]);
+  // Publishes the report: pairs with the acquire in watch().
   page(rank()).flag.failed.store(1, std::memory_order_release);
 }
 
@@ -188,10 +178,11 @@ std::shared_ptr<SymmetricBuffer> SharedMemoryGroup::allocate(size_t num_elems, D
         return link_.take(bytes, call.deadline);
       }
       Segment created = Segment::create(bytes);
-      link_.give(created);
+      link_.give(created, call.deadline);
       next_phase(call);
       return created;
     }();
+    next_phase(call);  // so that a rank that could not map it is told by its report
     buffer = std::make_shared<SymmetricBuffer>(
         SymmetricBuffer{std::move(segment), ++num_allocated_, part_stride, part_bytes});
   });

@@ -99,14 +99,6 @@ class SharedMemoryGroup final : public Group {
     uint64_t buffer_id, offset_bytes;  // where in a symmetric buffer its data lie; id 0: nowhere
     double arrived_s;
   };
-  // The first error of a rank, for those who wait for it; valid once its flag says `failed`.
-  struct Report {
-    static constexpr uint32_t kMaxPeers = 64;
-    int32_t cause;
-    uint32_t num_peers;
-    int32_t peers[kMaxPeers];
-    char message[1024];
-  };
   static constexpr size_t kSubjectBytes = 256;
   // All that a rank writes for the others to read, except data.
   struct alignas(4096) Page {
@@ -119,7 +111,8 @@ class SharedMemoryGroup final : public Group {
     // all after the second; not written again before all have announced the next.
     Found found;
     std::atomic<uint32_t> has_left;
-    Report report;
+    // The first error of this rank, for those who wait for it; valid once its flag says `failed`.
+    ErrorReport report;
   };
   struct Location {
     std::shared_ptr<SymmetricBuffer> buffer;  // null: an ordinary tensor

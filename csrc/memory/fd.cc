@@ -8,7 +8,7 @@
 
 namespace pyar {
 
-void send_message(const Fd& socket, const void* message, size_t bytes, int attached) {
+Sent try_send_message(const Fd& socket, const void* message, size_t bytes, int attached) {
   iovec part{const_cast<void*>(message), bytes};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr header{};
@@ -24,9 +24,13 @@ void send_message(const Fd& socket, const void* message, size_t bytes, int attac
     std::memcpy(CMSG_DATA(rights), &attached, sizeof attached);
   }
   ssize_t sent;
-  do sent = sendmsg(socket.get(), &header, MSG_NOSIGNAL);
+  do sent = sendmsg(socket.get(), &header, MSG_NOSIGNAL | MSG_DONTWAIT);
   while (sent < 0 && errno == EINTR);
-  if (sent < 0) throw_errno("cannot send to a rank of this host");
+  if (sent >= 0) return Sent::kYes;
+  if (errno == EPIPE || errno == ECONNRESET || errno == ENOTCONN) return Sent::kClosed;
+  // The receiver's queue is full (ten messages by default), or too many descriptors are under way.
+  if (errno == EAGAIN || errno == ENOBUFS || errno == ETOOMANYREFS) return Sent::kNoRoom;
+  throw_errno("cannot send to a rank of this host");
 }
 
 bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes,
@@ -36,23 +40,27 @@ bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes,
   msghdr header{};
   header.msg_iov = &part;
   header.msg_iovlen = 1;
-  header.msg_control = control;
-  // Room for one descriptor and no padding, where a second one would fit: the kernel closes it.
-  header.msg_controllen = CMSG_LEN(sizeof(int));
-  const ssize_t got = recvmsg(socket.get(), &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  ssize_t got;
+  do {
+    header.msg_control = control;
+    // Room for one descriptor and no padding, where a second one would fit: the kernel closes it.
+    header.msg_controllen = CMSG_LEN(sizeof(int));
+    got = recvmsg(socket.get(), &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    // A peer that ended without reading all resets the connection; what it had sent comes after.
+  } while (got < 0 && (errno == EINTR || errno == ECONNRESET));
   if (got < 0) {
-    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return false;
-    if (errno != ECONNRESET) throw_errno("cannot receive from a rank of this host");
+    if (errno == EAGAIN) return false;
+    throw_errno("cannot receive from a rank of this host");
   }
-  received = {got < 0 ? 0 : static_cast<size_t>(got), Fd()};
-  const cmsghdr* rights = got < 0 ? nullptr : CMSG_FIRSTHDR(&header);
+  received = {static_cast<size_t>(got), Fd()};
+  const cmsghdr* rights = CMSG_FIRSTHDR(&header);
   if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS &&
       rights->cmsg_len == CMSG_LEN(sizeof(int))) {
     int attached;
     std::memcpy(&attached, CMSG_DATA(rights), sizeof attached);
     received.attached = Fd(attached);
   }
-  if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
+  if (header.msg_flags & MSG_TRUNC)
     throw Error("a rank of this host sent a message that is too long; do the versions differ?");
   return true;
 }

@@ -37,14 +37,15 @@ class Fd {
 
 // A message over a unix socket, with at most one descriptor beside it (`attached` < 0: none). The
 // kernel delivers both or neither. Socket type SOCK_SEQPACKET: a message is never split, a longer
-// one is an error.
-void send_message(const Fd& socket, const void* message, size_t bytes, int attached = -1);
+// one is an error. Neither function blocks.
+enum class Sent { kYes, kNoRoom, kClosed };
+Sent try_send_message(const Fd& socket, const void* message, size_t bytes, int attached = -1);
 
 struct Received {
   size_t bytes;  // 0: the other side has closed
-  Fd attached;
+  Fd attached;   // none also if this process may open no more
 };
-// Does not block: returns false when nothing has arrived.
+// False when nothing has arrived.
 bool try_receive_message(const Fd& socket, void* message, size_t capacity_bytes,
                          Received& received);
 
