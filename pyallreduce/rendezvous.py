@@ -248,11 +248,18 @@ def _disagreement(records: list[dict[str, Any]]) -> Error | None:
             )
     elsewhere = [r for r, record in enumerate(records) if record["node"] != records[0]["node"]]
     if elsewhere:
-        return UsageError(
-            f"ranks 0 and {elsewhere[0]} run on different hosts (or in different network namespaces); "
-            "communicators over several hosts are planned, not there yet"
-        )
+        return UsageError(_apart(elsewhere[0], records[0]["node"], records[elsewhere[0]]["node"]))
     return None
+
+
+def _apart(rank: int, node_of_0: str, node: str) -> str:
+    if node_of_0.split("/")[0] == node.split("/")[0]:
+        return (
+            f"ranks 0 and {rank} run on one host, but in different network namespaces (containers?), across which "
+            "they cannot hand over shared memory. Give the containers a common one: docker run --network=host or "
+            "--network=container:NAME; one pod in Kubernetes"
+        )
+    return f"ranks 0 and {rank} run on different hosts; communicators over several hosts are planned, not there yet"
 
 
 def _wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
@@ -278,6 +285,11 @@ def _wait_until(ready: Callable[[], bool], deadline: float) -> bool:
 
 def _node_key() -> str:
     """Equal for processes that may share memory. Only a candidate: the hand-over of the segment is the proof."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot_id = file.read().strip()
-    return f"{boot_id}/{os.stat('/proc/self/ns/net').st_ino}"
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        return f"{boot_id}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError as error:
+        raise Error(
+            f"cannot tell which ranks share a host: {error}. Mount /proc, unmasked, where the ranks run"
+        ) from error
