@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
-#include <set>
 
 #include "kernels/kernels.h"
 
@@ -11,19 +9,6 @@ namespace pyar {
 namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
-
-// Written by another process: copied first, since it may still change, and bounded before use. Who
-// is not among `ranks` is nobody's peer.
-template <typename Report>
-[[noreturn]] void throw_reported(const Report report, const std::vector<int>& ranks, int reporter) {
-  std::set<int> peers;
-  for (size_t i = 0; i < std::min<size_t>(report.num_peers, std::size(report.peers)); ++i)
-    if (std::ranges::find(ranks, report.peers[i]) != ranks.end()) peers.insert(report.peers[i]);
-  const std::string message(report.message, strnlen(report.message, sizeof report.message));
-  throw_error(static_cast<Cause>(report.cause),
-              message + " (reported by rank " + std::to_string(reporter) + ")",
-              {peers.begin(), peers.end()});
-}
 
 }  // namespace
 

@@ -20,16 +20,16 @@ constexpr size_t kNoticesAt = 64, kNoticeBytes = 64, kFoundAt = kNoticesAt + 2 *
 
 class Host {
  public:
-  Host() : control_(Segment::create(kRanks * (kPageBytes + 2 * kTurnBytes))) {
+  Host() {
     std::vector<std::unique_ptr<HostLink>> links(kRanks);
     on_threads(kRanks, [&](int me) {
       links[size_t(me)] = std::make_unique<HostLink>(world_.link(me));
       if (me == kVictim)
         victim_ = std::make_unique<SharedMemoryGroup>(std::move(*links[size_t(me)]), Deadline(30));
-      else if (me == 0)
-        links[0]->give(control_);
-      else
-        links[size_t(me)]->take(control_.bytes(), Deadline(30));
+      else {
+        Segment mine = links[size_t(me)]->share(kRanks * (kPageBytes + 2 * kTurnBytes), Deadline(30));
+        if (me == 0) control_ = std::move(mine);
+      }
     });
     leader_ = std::move(links[0]);
     other_ = std::move(links[2]);
@@ -69,12 +69,12 @@ class Host {
                     .present_patience = kPatience};
     agree(fingerprint(Kind::kAllocate, kElems, DType::kFloat32, kNoOp, kNoRoot, call), 0, 0);
     Segment segment = Segment::create(kRanks * kPartBytes);
-    leader_->give(segment);
+    leader_->give(segment, Deadline(30));
     buffer_ = victim_->allocate(kElems, DType::kFloat32, false, call);
   }
 
   World world_{kRanks};
-  Segment control_;
+  Segment control_ = Segment::create(0);
   std::unique_ptr<HostLink> leader_, other_;
   std::unique_ptr<SharedMemoryGroup> victim_;
   std::shared_ptr<SymmetricBuffer> buffer_;
