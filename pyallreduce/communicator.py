@@ -214,7 +214,8 @@ class Communicator:
         """A one-dimensional tensor that collectives use without copying. Collective over the ranks of a host.
 
         Also contiguous slices of it, at equal offsets on all ranks, are used in place. Contents are undefined; the
-        memory (numel x itemsize bytes per rank, shared by the host's processes) lives until the tensor dies.
+        memory (numel x itemsize bytes per rank, shared by the host's processes) lives until the tensor dies. A forked
+        child sees its parent's memory, not a copy: it may read, as a DataLoader worker that uses the model.
         """
         return self._allocate(numel, dtype, one_copy=False)
 

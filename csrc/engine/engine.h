@@ -69,6 +69,7 @@ class Engine {
 
   // Queues a collective. Calls must come in the same order on all ranks. Throws the first error if
   // one has happened. `wanted`: what the collective is to look out for.
+  // `subject`: what the data are, for messages.
   std::shared_ptr<Work> submit(Task task, uint64_t layout, const Findings& wanted = {},
                                std::string subject = {});
   // The same and waits; on an idle engine it runs on the calling thread, without hand-over.

@@ -22,7 +22,8 @@
 namespace pyar {
 
 // One part per rank in one segment (or, with one_copy, a single part that all ranks see). Lives as
-// long as anyone holds it, also after the group is gone.
+// long as anyone holds it, also after the group is gone. Forked children keep the mapping: they may
+// read what tensors of theirs lie in it, and unmap it with the last of them.
 struct SymmetricBuffer {
   Segment segment;
   uint64_t id;         // equal on all ranks: the how-manyeth allocation
