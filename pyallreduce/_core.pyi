@@ -110,9 +110,6 @@ class Communicator:
         """``scale``: of the sum of all ranks' gradients; of this rank's, if they are reduced already."""
 
     def allocate(self, num_elems: int, dtype: DType, one_copy: bool, /) -> Part: ...
-    def fail_mismatch(self, message: str, peers: Sequence[int], /) -> None:
-        """Every later call raises this MismatchError, unless another error came first."""
-
     def refuse_forked_child(self) -> None:
         """UsageError there."""
 

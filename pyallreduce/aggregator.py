@@ -356,7 +356,7 @@ class GradientAggregator:
         with torch.no_grad():
             bucket.announce_use()
         if self._next == 0 and self._sentinel is not None:
-            self._sentinel.begin()
+            self._sentinel.look()
         if self._updater is not None and self._max_norm is None:
             self._updating = True
             work = self._updater.submit(bucket, self._layout_of(bucket), self._subject_of(bucket))
@@ -373,6 +373,8 @@ class GradientAggregator:
                 self._subject_of(bucket),
             )
             self.comm.keep_alive(work, bucket.flat)
+        if self._next == 0 and self._sentinel is not None:
+            self._sentinel.gather()
         increment_version(bucket.flat)
         names = [slot.name for slot in bucket.slots]
         ready_s = bucket.ready_s if bucket.pending == 0 else now

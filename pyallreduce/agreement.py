@@ -28,8 +28,7 @@ def check_agreement(comm: Communicator, lines: list[str]) -> None:
     rows = _gathered(comm, padded).numpy()
     texts = [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
     error = _disagreement(texts)
-    comm.core.fail_mismatch(str(error), error.peers)
-    raise error
+    comm.core.raise_mismatch(str(error), error.peers)
 
 
 def _gathered(comm: Communicator, mine: torch.Tensor) -> torch.Tensor:

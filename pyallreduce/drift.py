@@ -47,6 +47,7 @@ class DriftSentinel:
         self._labels += [f"momentum of {name}" for name, _ in self._momentum]
         self._hashes = torch.empty(len(self._labels), dtype=torch.int64)  # as bits, of each label
         self._totals = torch.empty(comm.size, dtype=torch.int64)  # the hash of each rank's hashes
+        self._total: torch.Tensor | None = None  # the hash of this rank's hashes, if it is to be compared
         self._gathering: Work | None = None
         self._finished = 0  # iterations
         self._is_due = True
@@ -55,18 +56,24 @@ class DriftSentinel:
         """In the next iteration, because it has a reason to. Call it on all ranks."""
         self._is_due = True
 
-    def begin(self) -> None:
-        """Costs one read of what is compared, on the calling thread, if this is an iteration to compare in."""
-        self._gathering = None  # of a backward that has been given up
+    def look(self) -> None:
+        """Costs one read of what is compared, on the calling thread, if this is an iteration to compare in. Before an
+        eager update may change it."""
+        self._total = self._gathering = None  # of a backward that has been given up
         if not self._is_due or not self._labels:
             return
         copies: list[torch.Tensor] = []  # alive until they are hashed
         weights = [[_span_of(param, copies)] for _, param in self._weights]
         momentum = [self._state_spans(param, copies) for _, param in self._momentum]
         _hash([*weights, *momentum], self._hashes)
-        total = torch.empty(1, dtype=torch.int64)
-        _hash([[_span_of(self._hashes, copies)]], total)
-        self._gathering = self._comm.all_gather(self._totals, total, async_op=True)
+        self._total = torch.empty(1, dtype=torch.int64)
+        _hash([[_span_of(self._hashes, copies)]], self._total)
+
+    def gather(self) -> None:
+        """What look() has found. After the first bucket has gone, which says more about ranks that are in different
+        iterations."""
+        if self._total is not None:
+            self._gathering = self._comm.all_gather(self._totals, self._total, async_op=True)
 
     def finish(self) -> None:
         """Raises a MismatchError on all ranks if they differ. Every iteration needs it, compared or not."""

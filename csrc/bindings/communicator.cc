@@ -89,8 +89,6 @@ class Communicator {
     return engine_->submit(std::move(task), layout, wanted, std::move(subject));
   }
 
-  void fail(const MismatchError& error) { engine_->fail(std::make_exception_ptr(error)); }
-
   std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy) {
     std::shared_ptr<SymmetricBuffer> buffer;
     call(
@@ -286,10 +284,6 @@ void bind_communicator(py::module_& m) {
                                 call);
                  },
                  layout, {}, std::move(subject));
-           })
-      .def("fail_mismatch",
-           [](C& self, const std::string& message, std::vector<int> peers) {
-             self.fail(MismatchError(message, std::move(peers)));
            })
       .def("allocate",
            [](C& self, size_t num_elems, DType dtype, bool one_copy) {
