@@ -200,7 +200,7 @@ def fork_while_threads_communicate(rank: int, n: int) -> None:
         if i % 4 == 0:
             end_the_interpreter(FINE)
 
-    for i in range(12):
+    for i in range(8):
         assert exit_code(fork(lambda i=i: child(i))) == FINE
     over.set()
     thread.join()
@@ -209,7 +209,9 @@ def fork_while_threads_communicate(rank: int, n: int) -> None:
 
 
 def test_forks_in_the_middle_of_collectives_leave_no_lock_held() -> None:
-    run_ranks(2, fork_while_threads_communicate)
+    run_ranks(
+        2, fork_while_threads_communicate, deadline_s=110
+    )  # a fork beside busy threads: 1 s, alone
 
 
 # --- descriptors -----------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ def expected_error(case: Case) -> str:
     """Its name, on a survivor."""
     if case.fault == "stop":
         return "TimeoutError"
-    if case.fault == "allocation" and case.moment != "before_first":
-        return "Error"  # the victim lives, and says what it could not get
+    if case.fault == "allocation":
+        return "Error"  # the victim says what it could not get, before its process ends
     in_call = case.moment in ("waiting_for_peers", "waiting_for_end") and not case.is_async
     if case.raises and in_call:
         return "Error"  # the victim's call is interrupted, and says so before the process ends
