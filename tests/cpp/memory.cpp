@@ -161,7 +161,13 @@ int main() {
   phases_wrap_around();
   a_sleeper_is_woken();
   a_futex_wait_ends_by_itself();
-  for (const auto& test : {segments, messages_carry_descriptors, surplus_descriptors_are_closed}) {
+  std::vector<void (*)()> tests{segments, messages_carry_descriptors};
+  // Under qemu-user they stay open, which they do not on the machine itself.
+  if (!std::getenv("EMULATED"))
+    tests.push_back(surplus_descriptors_are_closed);
+  else
+    std::puts("SKIPPED under emulation: surplus descriptors");
+  for (const auto test : tests) {
     const long before = num_descriptors();
     test();
     CHECK(num_descriptors() == before);
