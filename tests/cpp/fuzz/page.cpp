@@ -27,7 +27,8 @@ class Host {
       if (me == kVictim)
         victim_ = std::make_unique<SharedMemoryGroup>(std::move(*links[size_t(me)]), Deadline(30));
       else {
-        Segment mine = links[size_t(me)]->share(kRanks * (kPageBytes + 2 * kTurnBytes), Deadline(30));
+        Segment mine =
+            links[size_t(me)]->share(kRanks * (kPageBytes + 2 * kTurnBytes), Deadline(30));
         if (me == 0) control_ = std::move(mine);
       }
     });
