@@ -47,7 +47,8 @@ def run_block(
         else:
             rank.comm.barrier()
             start = time.perf_counter()
-            sentinel.begin()
+            sentinel.look()
+            sentinel.gather()
             sentinel.finish()
             seconds.append(time.perf_counter() - start)
     return seconds
