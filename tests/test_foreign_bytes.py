@@ -86,7 +86,7 @@ def test_a_message_that_is_no_utf_8_keeps_its_type(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("target", ["sanitize", "arm64", "fuzz"])
-def test_the_targets_are_there_and_in_ci(target: str) -> None:
+def test_the_targets_are_there(target: str) -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("no make on PATH")
@@ -95,7 +95,6 @@ def test_the_targets_are_there_and_in_ci(target: str) -> None:
     )
     assert plan.returncode == 0, plan.stderr
     assert "tests/cpp" in plan.stdout or "PYALLREDUCE_TESTS=ON" in plan.stdout
-    assert target in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("target", ["page", "messages", "handshake"])
