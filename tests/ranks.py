@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing as mp
 import os
@@ -93,11 +94,11 @@ def outcomes_of(
         if not ready:
             break
     late = sorted(open_pipes.values())
-    for (
-        rank
-    ) in late:  # their stacks, to stderr; then the end of what we have started, and of nothing else
-        os.kill(processes[rank].pid, signal.SIGCONT)
-        os.kill(processes[rank].pid, signal.SIGUSR1)
+    # Their stacks, to stderr; then the end of what we have started, and of nothing else.
+    for rank in late:
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(processes[rank].pid, signal.SIGCONT)
+            os.kill(processes[rank].pid, signal.SIGUSR1)
     if late:
         time.sleep(0.5)
     for rank, process in enumerate(processes):
@@ -112,7 +113,16 @@ def outcomes_of(
         pipes[rank].close()
     if late and started is None:
         raise AssertionError(
-            f"ranks {late} had not ended after {deadline_s} s; their stacks are on stderr"
+            "\n".join(
+                [
+                    f"ranks {late} had not ended after {deadline_s} s; their stacks are on stderr",
+                    *(
+                        f"--- rank {r} had ended\n{o.trace}"
+                        for r, o in enumerate(outcomes)
+                        if o.trace
+                    ),
+                ]
+            )
         )
     return outcomes
 
