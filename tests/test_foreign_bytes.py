@@ -86,7 +86,8 @@ def test_a_message_that_is_no_utf_8_keeps_its_type(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("target", ["sanitize", "arm64", "fuzz"])
-def test_the_targets_are_there(target: str) -> None:
+def test_the_targets_are_there_and_in_ci(target: str) -> None:
+    assert target in (ROOT / ".ci" / "run").read_text()
     make = shutil.which("make")
     if make is None:
         pytest.skip("no make on PATH")
