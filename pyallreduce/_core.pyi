@@ -113,6 +113,9 @@ class Communicator:
     def refuse_forked_child(self) -> None:
         """UsageError there."""
 
+    def check_not_failed(self) -> None:
+        """Raises the first error, if one has happened."""
+
     def close(self) -> None: ...
 
 class kernels:

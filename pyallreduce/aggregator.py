@@ -153,7 +153,6 @@ class GradientAggregator:
         self._begun = False  # gradients have come in a backward that has not ended yet
         self._begun_to_sync = False  # and it is to aggregate them
         self._attempt = 0  # backwards that raised before their end
-        self._failed: _core.Work | None = None  # the communicator is of no use any more, and why
         self._num_steps = 0  # of the optimizer
         self._torn = False
         self._updating = False  # an eager update is under way
@@ -325,8 +324,7 @@ class GradientAggregator:
 
     def _begin_backward(self, param: torch.Tensor) -> None:
         self._check_open()
-        if self._failed is not None:
-            self._failed.wait()  # raises the first cause; what an eager update lacks would hide it
+        self.comm.core.check_not_failed()  # what an eager update lacks would hide the first cause
         if self._updater is not None:
             try:
                 self._updater.begin_backward()
@@ -397,7 +395,7 @@ class GradientAggregator:
         wait_start_s = _core.now_s()
         for record in self._records:
             record.used_s = wait_start_s
-            self._finish(record.work)
+            record.work.wait()
         if self._sentinel is not None:
             self._sentinel.finish()
         if self._updater is None:
@@ -413,13 +411,6 @@ class GradientAggregator:
         if self._updater is not None:
             self._updater.end_update()
         self._begin_anew()
-
-    def _finish(self, work: _core.Work) -> None:
-        try:
-            work.wait()
-        except Error:
-            self._failed = work
-            raise
 
     def _first_nonfinite(self) -> NonFinite | None:
         for record in self._records:
@@ -444,7 +435,7 @@ class GradientAggregator:
                     for bucket in self._buckets
                 ]
                 for work in updates:
-                    self._finish(work)
+                    work.wait()
             else:
                 self._updater.skip()
         elif is_finite:
@@ -471,7 +462,7 @@ class GradientAggregator:
         self._torn = self.torn
         for record in self._records:  # they may still read and write the buckets
             with suppress(Error):  # which the next backward raises again
-                self._finish(record.work)
+                record.work.wait()
         self._attempt += self._begun_to_sync
         self._begun = False
         self._begin_anew()

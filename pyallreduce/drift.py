@@ -23,9 +23,10 @@ Named = Iterable[tuple[str, torch.nn.Parameter]]
 class DriftSentinel:
     """Compares replicas in every ``every``-th iteration, the first included: checkpoints are loaded before it.
 
-    ``begin`` comes before an iteration's first bucket: it hashes, while an eager update has not mended or spread the
-    damage yet, and starts an all-gather of one number per rank. ``finish`` comes after the last bucket and raises. So
-    no hook waits for peers; and ranks that have finished as many iterations compare in the same ones.
+    ``look`` comes before an iteration's first bucket: it hashes, while an eager update has not mended or spread the
+    damage yet. ``gather`` comes after it and starts an all-gather of one number per rank; ``finish`` comes after the
+    last bucket and raises. So no hook waits for peers; and ranks that have finished as many iterations compare in the
+    same ones.
 
     ``weights``: named parameters to compare. ``momentum``: those whose state in ``optimizer`` is compared, every tensor
     of it. Hashes are of memory, so NaN of equal bits are equal.

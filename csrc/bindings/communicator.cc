@@ -104,6 +104,7 @@ class Communicator {
   SharedMemoryGroup& group() { return *group_; }
 
   void refuse_forked_child() const { engine_->refuse_forked_child(); }
+  void check_not_failed() { engine_->check_not_failed(); }
 
   void close() {
     if (engine_->is_forked_child()) return;  // it is the parent's
@@ -290,6 +291,7 @@ void bind_communicator(py::module_& m) {
              return Part{self.allocate(num_elems, dtype, one_copy), self.local_rank()};
            })
       .def("refuse_forked_child", &C::refuse_forked_child)
+      .def("check_not_failed", &C::check_not_failed)
       .def("close", &C::close, py::call_guard<py::gil_scoped_release>());
 
   py::enum_<DType> dtype(m, "DType");

@@ -83,6 +83,7 @@ class Engine {
   // Makes `error` the first one, if there is none: waits in progress end with it, and so do all
   // calls to come.
   void fail(std::exception_ptr error);
+  void check_not_failed();  // throws the first error, if one has happened
 
   bool is_forked_child() const { return !owner_.is_this_one(); }
   void refuse_forked_child() const;  // throws UsageError
@@ -92,7 +93,6 @@ class Engine {
   void execute(Work& work);
   void work_loop();
   void check_usable() const;  // under mutex_
-  void check_not_failed();
 
   std::unique_ptr<Group> group_;
   const double timeout_s_;
