@@ -23,11 +23,10 @@ def expected_error(case: Case) -> str:
     if case.fault == "stop":
         return "TimeoutError"
     if case.fault == "allocation":
-        return "Error"  # the victim says what it could not get, before its process ends
-    in_call = case.moment in ("waiting_for_peers", "waiting_for_end") and not case.is_async
-    if case.raises and in_call:
-        return "Error"  # the victim's call is interrupted, and says so before the process ends
-    return "PeerError"
+        return (
+            "Error"  # nobody died: the victim says what it could not get, before its process ends
+        )
+    return "PeerError"  # also where the victim's call is interrupted, which it says before it ends
 
 
 def expected_exit(case: Case) -> int:
