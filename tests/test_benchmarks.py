@@ -19,7 +19,7 @@ from benchmarks.collectives import BACK_TO_BACK, FLOORS, Case, Collective, Patte
 from benchmarks.harness import Block, Book, Samples, interleave, markdown, size_name, time_name
 from benchmarks.native import Program, floor_program
 from benchmarks.peers import RankError, RankSet
-from benchmarks.training import Training, overhead_us
+from benchmarks.training import NO_COMMUNICATION, Training, overhead_us
 
 ROOT = Path(__file__).parent.parent
 NBYTES = 200_000  # more than one tile, and no multiple of one
@@ -175,6 +175,27 @@ def test_bars_are_judged(tmp_path: Path) -> None:
     assert first_row(book)[-1] == "no: >= 16 x gloo; >= 3.5 x best MPI"
     all_reduce(book, ours_us=1.21)
     assert first_row(book)[-1] == "no: >= 16 x gloo; >= 3.5 x best MPI; <= 1.2 x floor"
+
+
+def test_a_hook_is_judged_also_without_its_floor(tmp_path: Path) -> None:
+    """Which older records lack."""
+    book = Book(tmp_path, [], blocks=1)
+    for floor, figure, found in (
+        ({}, "800 ms", "20.0% shorter"),
+        (
+            {NO_COMMUNICATION: 0.5},
+            "800 ms (without communication 500 ms)",
+            "20.0% shorter; 1.60 x without communication",
+        ),
+    ):
+        seconds = {"DDP + our hook": 0.8, "DDP (gloo)": 1.0, **floor}
+        samples = {way: Samples([[s]]) for way, s in seconds.items()}
+        book.add("hook", samples, extra={"gain_us": 2e5}, model="resnet50", ranks=2, batch=4)
+        rows = [row.cells() for row in report.rows_of(book)]
+        (cells,) = (
+            row for row in rows if row[0] == "DDP with our hook against DDP (gloo), resnet50"
+        )
+        assert cells[2:] == [figure, found, "yes"]
 
 
 def test_a_new_record_replaces_that_of_its_case(tmp_path: Path) -> None:
