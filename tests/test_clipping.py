@@ -375,6 +375,21 @@ def norm_that_overflows_touches_nothing(comm: par.Communicator) -> None:
         aggregator.close()
 
 
+@check
+def skipped_update_is_an_update_all_the_same(comm: par.Communicator) -> None:
+    """A second backward before step() is refused after it, too."""
+    for update in ("eager", "shared"):
+        model, optimizer, aggregator = attach(comm, update, max_norm=MAX_NORM)
+        before = state_of(model, optimizer)
+        with bringing(model, BAD["NaN"], comm):
+            loss_of(model, comm.rank).backward()
+        with pytest.raises(par.UsageError, match=r"before step\(\)"):
+            loss_of(model, comm.rank, 1).backward()
+        optimizer.step()
+        assert state_of(model, optimizer) == before
+        aggregator.close()
+
+
 # --- running them --------------------------------------------------------------------------------
 
 
