@@ -198,9 +198,17 @@ def lowest_free_descriptor() -> int:
     return descriptor
 
 
-def address_space_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * PAGE_BYTES
+def address_space_bytes(steady_s: float = 0.1, patience_s: float = 2.0) -> int:
+    """Once threads that are about to end have given their stacks back: those would be room beyond the limit."""
+    give_up_at = time.monotonic() + patience_s
+    size, since_s = 0, time.monotonic()
+    while (now_s := time.monotonic()) < min(since_s + steady_s, give_up_at):
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        if pages * PAGE_BYTES != size:
+            size, since_s = pages * PAGE_BYTES, now_s
+        time.sleep(0.005)
+    return size
 
 
 # --- what it does meanwhile ------------------------------------------------------------------------------------------
