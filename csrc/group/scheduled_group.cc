@@ -34,19 +34,6 @@ Fingerprint fingerprint_in(const Header& header) {
   return envelope.call;
 }
 
-// Partial sums of 16-bit floats travel as float32; the total is rounded once.
-DType accumulator_of(DType dtype) {
-  return is_floating(dtype) && size_of(dtype) == 2 ? DType::kFloat32 : dtype;
-}
-
-void assign(Span to, ConstSpan from) {
-  if (from.num_elems == 0 || to.data == from.data) return;
-  if (to.dtype == from.dtype)
-    std::memcpy(to.data, from.data, from.bytes());
-  else
-    convert(from.dtype, from.data, to.dtype, to.data, from.num_elems);
-}
-
 // The even split: chunk c of k covers elements [n*c/k, n*(c+1)/k), maybe none.
 std::span<std::byte> bytes_of(Span data, int num_chunks, int begin, int end) {
   const auto elem_bytes = size_of(data.dtype);
@@ -58,16 +45,6 @@ std::span<std::byte> bytes_of(Span data, int num_chunks, int begin, int end) {
 }
 
 }  // namespace
-
-std::byte* ScheduledGroup::Scratch::at_least(size_t bytes) {
-  if (bytes > bytes_) {
-    data_.reset();  // first, so that both never exist at once
-    bytes_ = 0;
-    data_ = std::make_unique_for_overwrite<std::byte[]>(bytes);
-    bytes_ = bytes;
-  }
-  return data_.get();
-}
 
 ScheduledGroup::Plan::Plan(Schedule s)
     : schedule(std::move(s)), last_reducing_step(static_cast<size_t>(schedule.num_chunks), -1) {

@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "group/fingerprint.h"
 #include "group/group.h"
+#include "group/host_memory.h"
 #include "schedules/schedule.h"
 #include "transport/transport.h"
 
@@ -31,15 +32,6 @@ class ScheduledGroup final : public Group {
   void barrier(const Call& call) override;
 
  private:
-  // Grows and never shrinks, so that its pages are mapped once.
-  class Scratch {
-   public:
-    std::byte* at_least(size_t bytes);
-
-   private:
-    std::unique_ptr<std::byte[]> data_;
-    size_t bytes_ = 0;
-  };
   struct Plan {
     explicit Plan(Schedule schedule);
     Schedule schedule;
