@@ -10,6 +10,7 @@ namespace pyar {
 namespace {
 
 std::vector<int> first_ranks(int size) {
+  if (size < 1) throw UsageError("a world of " + std::to_string(size) + " ranks: at least 1");
   std::vector<int> ranks(static_cast<size_t>(size));
   std::iota(ranks.begin(), ranks.end(), 0);
   return ranks;
@@ -17,11 +18,13 @@ std::vector<int> first_ranks(int size) {
 
 }  // namespace
 
-InprocWorld::InprocWorld(int size) {
-  if (size < 1) throw UsageError("a world of " + std::to_string(size) + " ranks: at least 1");
-  for (int rank = 0; rank < size; ++rank) {
+InprocWorld::InprocWorld(int size) : InprocWorld(first_ranks(size)) {}
+
+InprocWorld::InprocWorld(std::vector<int> global_ranks) : global_ranks_(std::move(global_ranks)) {
+  if (global_ranks_.empty()) throw UsageError("a world of 0 ranks: at least 1");
+  for (size_t rank = 0; rank < global_ranks_.size(); ++rank) {
     inboxes_.push_back(std::make_unique<Inbox>());
-    inboxes_.back()->from.resize(static_cast<size_t>(size));
+    inboxes_.back()->from.resize(global_ranks_.size());
   }
 }
 
@@ -46,8 +49,13 @@ std::vector<int> InprocWorld::missing_for(int rank) const {
     frontier.insert(frontier.end(), next.begin(), next.end());
   }
   if (missing.empty()) missing = awaited(rank);  // all are here, waiting in a circle
-  std::ranges::sort(missing);
   return missing;
+}
+
+std::vector<int> InprocWorld::global_ranks_of(std::vector<int> ranks) const {
+  for (int& rank : ranks) rank = global_ranks_[static_cast<size_t>(rank)];
+  std::ranges::sort(ranks);
+  return ranks;
 }
 
 void InprocWorld::fail(const Error& cause) {
@@ -63,7 +71,7 @@ void InprocWorld::throw_failure() const {
 }
 
 InprocTransport::InprocTransport(std::shared_ptr<InprocWorld> world, int rank)
-    : Transport(rank, first_ranks(world->size())), world_(std::move(world)) {
+    : Transport(rank, world->global_ranks()), world_(std::move(world)) {
   if (rank < 0 || rank >= size())
     throw UsageError("rank " + std::to_string(rank) + " in a world of " + std::to_string(size()) +
                      ": must be in 0.." + std::to_string(size() - 1));
@@ -154,14 +162,14 @@ void InprocTransport::watch(const Deadline& deadline, bool late) {
     if (world_->inboxes_[static_cast<size_t>(peer)]->left &&
         mine().from[static_cast<size_t>(peer)].empty())
       gone.push_back(peer);
-  const std::string self = "rank " + std::to_string(rank());
+  const std::string self = names_of(world_->global_ranks_of({rank()}));
   if (!gone.empty()) {
-    std::ranges::sort(gone);
+    gone = world_->global_ranks_of(std::move(gone));
     world_->fail(
         PeerError(names_of(gone) + " left before sending what " + self + " waits for", gone));
   }
   if (late) {
-    const std::vector<int> missing = world_->missing_for(rank());
+    const std::vector<int> missing = world_->global_ranks_of(world_->missing_for(rank()));
     world_->fail(TimeoutError(names_of(missing) + " had not arrived when " + self + " had waited " +
                                   seconds(deadline.timeout_s()),
                               missing));

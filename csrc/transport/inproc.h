@@ -18,8 +18,10 @@ namespace pyar {
 // Shared by the transports of its ranks, each of which is used by one thread at a time.
 class InprocWorld {
  public:
-  explicit InprocWorld(int size);
+  explicit InprocWorld(int size);  // global ranks 0..size-1
+  explicit InprocWorld(std::vector<int> global_ranks);
   int size() const { return static_cast<int>(inboxes_.size()); }
+  const std::vector<int>& global_ranks() const { return global_ranks_; }
 
  private:
   friend class InprocTransport;
@@ -42,9 +44,11 @@ class InprocWorld {
   // The mutex is held by the caller of all of these.
   void notify(Inbox& inbox);
   std::vector<int> missing_for(int rank) const;
+  std::vector<int> global_ranks_of(std::vector<int> ranks) const;  // sorted
   [[noreturn]] void fail(const Error& cause);
   [[noreturn]] void throw_failure() const;
 
+  const std::vector<int> global_ranks_;
   std::mutex mutex_;                             // guards the inboxes' contents and failure_
   std::vector<std::unique_ptr<Inbox>> inboxes_;  // by owner
   std::optional<Error> failure_;                 // the first cause
