@@ -33,6 +33,7 @@ std::vector<Camp> camps_of(std::span<const Fingerprint> by_rank, std::span<const
 
 Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
                         const Call& call) {
+  if (call.part_of) return *call.part_of;
   return {.sequence = call.sequence,
           .layout = call.layout,
           .num_elems = num_elems,

@@ -45,6 +45,7 @@ struct Fingerprint {
 };
 static_assert(std::is_trivially_copyable_v<Fingerprint> && sizeof(Fingerprint) == 40);
 
+// What `call` is a part of, where it says so.
 Fingerprint fingerprint(Kind kind, size_t num_elems, DType dtype, uint32_t op, int root,
                         const Call& call);
 

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "base/dtype.h"
+#include "base/error.h"
 #include "base/wait.h"
 
 namespace pyar {
@@ -38,6 +39,8 @@ struct Findings {
   static constexpr int kNoRank = -1;
 };
 
+struct Fingerprint;
+
 // What a call carries besides its arguments.
 struct Call {
   uint64_t sequence;  // the how-manyeth collective of this communicator, from 1; equal on all ranks
@@ -50,6 +53,9 @@ struct Call {
   Findings* findings =
       nullptr;  // or null; only SharedMemoryGroup looks, in all_reduce in place and update
   std::string_view subject = {};  // what the data are, for messages; SharedMemoryGroup tells peers
+  // The collective of a larger group of which this call is a part, or null. Ranks then compare, and
+  // messages name, that one.
+  const Fingerprint* part_of = nullptr;
 };
 
 // Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws
@@ -69,6 +75,11 @@ class Group {
   virtual void all_gather(Span output, ConstSpan input, const Call& call) = 0;
   virtual void broadcast(Span data, int root, const Call& call) = 0;
   virtual void barrier(const Call& call) = 0;
+
+  // Ends the group for all its ranks, who get `cause` from what they wait for now or call later; if
+  // another cause came first, that one counts. For errors met outside this group. By default nobody
+  // is told: the deadlines end the others' waits.
+  virtual void fail([[maybe_unused]] const Error& cause) {}
 };
 
 }  // namespace pyar

@@ -110,6 +110,15 @@ void ScheduledGroup::barrier(const Call& call) {
   agree(fingerprint(Kind::kBarrier, 0, DType::kUInt8, kNoOp, kNoRoot, call), call);
 }
 
+void ScheduledGroup::fail(const Error& cause) try {
+  // What concerns nobody else (no memory, an interrupt) concerns, for the others, this rank.
+  std::vector<int> peers = cause.peers();
+  if (peers.empty()) peers = {transport_->global_ranks()[static_cast<size_t>(rank())]};
+  transport_->fail(Error(cause.what(), std::move(peers), cause.cause()));
+} catch (const Error&) {
+  // What counts for the others; the caller has its own.
+}
+
 void ScheduledGroup::agree(const Fingerprint& mine, const Call& call) {
   execute(all_reduce_, {nullptr, 0, DType::kUInt8}, Op::kSum, mine, call);
 }
@@ -141,7 +150,9 @@ void ScheduledGroup::execute(const Plan& plan, Span data, Op op, const Fingerpri
 } catch (const MismatchError&) {
   throw;  // says it all
 } catch (const Error& e) {
-  throw_error(e.cause(), std::string(e.what()) + ", in " + describe(mine), e.peers());
+  const std::string where = describe(mine), what = e.what();
+  if (what.find(where) != what.npos) throw;  // passed on by a rank that has said so
+  throw_error(e.cause(), what + ", in " + where, e.peers());
 }
 
 // Adds what has arrived to what I hold: contributions to the same chunks in one pass, in rank

@@ -30,6 +30,7 @@ class ScheduledGroup final : public Group {
   void all_gather(Span output, ConstSpan input, const Call& call) override;
   void broadcast(Span data, int root, const Call& call) override;
   void barrier(const Call& call) override;
+  void fail(const Error& cause) override;
 
  private:
   struct Plan {

@@ -31,7 +31,7 @@ char* SharedMemoryGroup::slot(int rank, unsigned turn) const {
 SharedMemoryGroup::Places SharedMemoryGroup::arrive(const Fingerprint& mine, const Location& where,
                                                     const Call& call) {
   current_ = mine;
-  const size_t parity = mine.sequence % 2;
+  const size_t parity = num_calls_++ % 2;
   const uint64_t buffer_id = where.buffer ? where.buffer->id : 0;
   page(rank()).notices[parity] = {mine, buffer_id, where.offset_bytes, now_s()};
   char* const subject = page(rank()).subjects[parity];

@@ -82,6 +82,7 @@ class SharedMemoryGroup final : public Group {
   void all_gather(Span output, ConstSpan input, const Call& call) override;
   void broadcast(Span data, int root, const Call& call) override;
   void barrier(const Call& call) override;
+  void fail(const Error& cause) override { report(cause); }
 
   std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy,
                                             const Call& call);
@@ -160,7 +161,8 @@ class SharedMemoryGroup final : public Group {
   static constexpr double kMoveIntervalS = 0.01;
 
   HostLink link_;
-  Segment control_;  // pages of all ranks, then slots of all ranks
+  Segment control_;         // pages of all ranks, then slots of all ranks
+  uint64_t num_calls_ = 0;  // of this group; sequence numbers may repeat, see Call::part_of
   uint32_t phase_ = 0;
   unsigned turn_ = 0;
   const std::vector<int> cpus_ = allowed_cpus();

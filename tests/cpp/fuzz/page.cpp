@@ -48,10 +48,12 @@ class Host {
       std::memcpy(page(r), &phase, sizeof phase);
       const NonFinite nothing;
       std::memcpy(page(r) + kFoundAt, &nothing, sizeof nothing);
-      char* const notice = page(r) + kNoticesAt + call.sequence % 2 * kNoticeBytes;
-      std::memcpy(notice, &call, sizeof call);
-      std::memcpy(notice + sizeof call, &buffer_id, sizeof buffer_id);
-      std::memcpy(notice + sizeof call + 8, &offset_bytes, sizeof offset_bytes);
+      for (const size_t parity : {0, 1}) {
+        char* const notice = page(r) + kNoticesAt + parity * kNoticeBytes;
+        std::memcpy(notice, &call, sizeof call);
+        std::memcpy(notice + sizeof call, &buffer_id, sizeof buffer_id);
+        std::memcpy(notice + sizeof call + 8, &offset_bytes, sizeof offset_bytes);
+      }
     }
   }
 
