@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import NoReturn, TypedDict
+from typing import NoReturn, TypedDict, overload
 
 from typing_extensions import Buffer
 
@@ -276,7 +276,24 @@ class inproc:
         def barrier(self, timeout_s: float) -> None: ...
 
     class World:
+        @overload
         def __init__(self, size: int) -> None: ...
+        @overload
+        def __init__(self, global_ranks: Sequence[int]) -> None: ...
         @property
         def size(self) -> int: ...
-        def group(self, rank: int, schedule_name: str) -> inproc.Group: ...
+        def group(self, rank: int, schedule: str) -> inproc.Group: ...
+
+    @staticmethod
+    def hierarchical_group(
+        local: World,
+        local_rank: int,
+        across: World | None,
+        node_sizes: Sequence[int],
+        node: int,
+        local_schedule: str,
+        across_schedule: str,
+        leaders_up_to_bytes: int,
+        timeout_s: float,
+    ) -> inproc.Group:
+        """Collective over all ranks. Between nodes of unequal sizes only leaders have a world across."""

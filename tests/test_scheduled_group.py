@@ -62,16 +62,21 @@ def name(tensor):
 
 
 def outcomes_of(size, schedule, body, within_s=60.0):
-    """What body(group) returned or raised on each rank; its group is closed when it ends."""
+    """What body(group) returned or raised on each rank."""
     world = inproc.World(size)
     of_rank = [schedule] * size if isinstance(schedule, str) else schedule
-    groups = [Group(world.group(rank, of_rank[rank]), rank, size) for rank in range(size)]
+    return outcomes_on_threads(
+        size, lambda rank: world.group(rank, of_rank[rank]), body, within_s=within_s
+    )
+
+
+def outcomes_on_threads(size, join, body, within_s=60.0):
+    """join(rank) makes the core's group, on the rank's thread; it is closed when body(group) ends."""
     outcomes = [None] * size
 
     def run(rank):
-        group, groups[rank] = groups[rank], None
         try:
-            outcomes[rank] = body(group)
+            outcomes[rank] = body(Group(join(rank), rank, size))
         except Exception as error:
             outcomes[rank] = error.with_traceback(None)  # a traceback would keep the group open
 
@@ -87,7 +92,10 @@ def outcomes_of(size, schedule, body, within_s=60.0):
 
 
 def results_of(size, schedule, body):
-    outcomes = outcomes_of(size, schedule, body)
+    return without_errors(outcomes_of(size, schedule, body))
+
+
+def without_errors(outcomes):
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
