@@ -20,14 +20,14 @@
 
 namespace pyar::test {
 
-// What all ranks of a communicator know. Global ranks are 10, 13, 16, ...: a local rank that gets
-// where a global one belongs is not one of them.
+// What all ranks of a host know. Global ranks are 10, 13, 16, ... (of another host, from another
+// first one on): a local rank that gets where a global one belongs is not one of them.
 class World {
  public:
-  explicit World(int size) : global_ranks_(static_cast<size_t>(size)) {
+  explicit World(int size, int first_global = 10) : global_ranks_(static_cast<size_t>(size)) {
     static std::atomic<int> worlds{0};
     name_ = "pyallreduce-test-" + std::to_string(getpid()) + "-" + std::to_string(worlds++);
-    for (int r = 0; r < size; ++r) global_ranks_[static_cast<size_t>(r)] = 10 + 3 * r;
+    for (int r = 0; r < size; ++r) global_ranks_[static_cast<size_t>(r)] = first_global + 3 * r;
   }
   int size() const { return static_cast<int>(global_ranks_.size()); }
   int global(int local_rank) const { return global_ranks_[static_cast<size_t>(local_rank)]; }
