@@ -21,6 +21,8 @@ def select_isa(isa: str) -> bool: ...
 
 class _Env(TypedDict):
     isa: str
+    cudart: str
+    nccl: str
     port: int
     timeout_s: float
     trace: str
@@ -117,6 +119,27 @@ class Communicator:
         """Raises the first error, if one has happened."""
 
     def close(self) -> None: ...
+
+class device:
+    class _Runtime(TypedDict):
+        path: str
+        how: str
+        version: str
+        devices: int
+
+    class _Nccl(TypedDict):
+        path: str
+        how: str
+        version: str
+        missing: list[str]
+
+    @staticmethod
+    def cuda_runtime(folders: Sequence[str] = ()) -> _Runtime:
+        """The CUDA runtime, and how it was found. ``folders``: of installed packages. Error when there is none."""
+
+    @staticmethod
+    def nccl(folders: Sequence[str] = ()) -> _Nccl:
+        """NCCL, how it was found, and the optional functions that it lacks. Error when none can be used."""
 
 class kernels:
     class SgdScalars:

@@ -17,12 +17,22 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "base": set(),
     "memory": {"base"},
+    "device": {"base"},
     "kernels": {"base"},
     "schedules": {"base"},
     "transport": {"base", "memory"},
-    "group": {"base", "memory", "kernels", "schedules", "transport"},
+    "group": {"base", "memory", "device", "kernels", "schedules", "transport"},
     "engine": {"base", "group"},
-    "bindings": {"base", "memory", "kernels", "schedules", "transport", "group", "engine"},
+    "bindings": {
+        "base",
+        "memory",
+        "device",
+        "kernels",
+        "schedules",
+        "transport",
+        "group",
+        "engine",
+    },
 }
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cc", ".cu", ".cuh"))
 PYTHON = sorted(p for room in ("pyallreduce", "train") for p in (ROOT / room).rglob("*.py"))

@@ -30,6 +30,10 @@ struct Variable {
 
 constexpr Variable kVariables[] = {
     {"PYALLREDUCE_ISA", [](Env& env, std::string_view, std::string_view text) { env.isa = text; }},
+    {"PYALLREDUCE_CUDART",
+     [](Env& env, std::string_view, std::string_view text) { env.cudart = text; }},
+    {"PYALLREDUCE_NCCL",
+     [](Env& env, std::string_view, std::string_view text) { env.nccl = text; }},
     {"PYALLREDUCE_PORT", [](Env& env, std::string_view name,
                             std::string_view text) { env.port = parse(name, text, 1, 65535); }},
     {"PYALLREDUCE_TIMEOUT_S",

@@ -9,6 +9,11 @@ struct Env {
   // PYALLREDUCE_ISA: instruction set of the CPU kernels (baseline, avx2, avx512). Default: the
   // widest this CPU has.
   std::string isa;
+  // PYALLREDUCE_CUDART: file of the CUDA runtime library. Default: the one that torch has loaded.
+  std::string cudart;
+  // PYALLREDUCE_NCCL: file of the NCCL library. Default: the one that torch has loaded, then the
+  // installed package's, then the system's.
+  std::string nccl;
   // PYALLREDUCE_PORT: port of the rendezvous when no launcher provides a store. Default:
   // MASTER_PORT + 1.
   int port = 0;

@@ -62,6 +62,8 @@ PYBIND11_MODULE(_core, m) {
     const pyar::Env env = pyar::read_env();
     py::dict settings;
     settings["isa"] = env.isa;
+    settings["cudart"] = env.cudart;
+    settings["nccl"] = env.nccl;
     settings["port"] = env.port;
     settings["timeout_s"] = env.timeout_s;
     settings["trace"] = env.trace;
@@ -76,6 +78,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("has_cuda") = false;
   m.def("cuda_device_count", [] { return 0; });
 #endif
+  pyar::bind_device(m);
   pyar::bind_kernels(m);
   pyar::bind_schedules(m);
   pyar::bind_inproc(m);

@@ -6,6 +6,7 @@
 namespace pyar {
 
 void bind_communicator(pybind11::module_& m);
+void bind_device(pybind11::module_& m);
 void bind_inproc(pybind11::module_& m);
 void bind_kernels(pybind11::module_& m);
 void bind_schedules(pybind11::module_& m);

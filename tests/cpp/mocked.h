@@ -1,0 +1,31 @@
+// The mock of tests/cpp/mock, loaded in place of the CUDA runtime and of NCCL.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "check.h"
+#include "device/cuda_runtime.h"
+#include "group/nccl_library.h"
+#include "mock/mock.h"
+
+namespace pyar::test {
+
+// Where the libraries of tests/cpp/mock were built: beside the program.
+inline const std::string mock_folder =
+    std::filesystem::canonical("/proc/self/exe").parent_path().string();
+
+inline std::string mock_path(const std::string& name = "nccl_mock") {
+  return mock_folder + "/lib" + name + ".so";
+}
+
+inline const CudaRuntime& cuda() { return CudaRuntime::load(mock_path()); }
+inline const NcclLibrary& nccl() { return NcclLibrary::load(mock_path()); }
+
+inline const MockControl& mock() {
+  static const auto get =
+      reinterpret_cast<const MockControl* (*)()>(cuda().library().symbol(MockControl::kSymbol));
+  return *get();
+}
+
+}  // namespace pyar::test
