@@ -22,12 +22,13 @@ enum class Kind : uint32_t {
   kBarrier,
   kAllocate,  // symmetric_empty
   kUpdate,    // reduction and SGD step in one pass
+  kSplit,     // a group's ranks form smaller groups
 };
-inline constexpr int kNumKinds = 7;
+inline constexpr int kNumKinds = 8;
 
 constexpr const char* name_of(Kind kind) {
   constexpr const char* kNames[] = {"all_reduce", "reduce_scatter",  "all_gather", "broadcast",
-                                    "barrier",    "symmetric_empty", "update"};
+                                    "barrier",    "symmetric_empty", "update",     "split"};
   return static_cast<uint32_t>(kind) < kNumKinds ? kNames[static_cast<uint32_t>(kind)] : "?";
 }
 

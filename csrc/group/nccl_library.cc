@@ -80,12 +80,16 @@ std::string NcclLibrary::explain(const void* library, int status) {
   const auto& self = *static_cast<const NcclLibrary*>(library);
   // None while the version is being asked for.
   std::string text = self.get_error_string_ ? self.get_error_string_(status) : "failed";
-  if (const std::string more = self.last_error(nullptr); !more.empty()) text += ": " + more;
+  if (const std::string more = self.last_error(); !more.empty()) text += ": " + more;
   return text;
 }
 
-std::string NcclLibrary::last_error(NcclComm comm) const {
-  const char* const text = get_last_error_ ? get_last_error_(comm) : nullptr;
+Error NcclLibrary::error(const std::string& what, int status) const {
+  return Error(what + ": " + explain(this, status) + " (status " + std::to_string(status) + ")");
+}
+
+std::string NcclLibrary::last_error() const {
+  const char* const text = get_last_error_ ? get_last_error_(nullptr) : nullptr;
   return text ? text : "";
 }
 

@@ -31,9 +31,8 @@ class NcclLibrary {
   const DynamicLibrary& library() const { return library_; }
   // Functions that this one lacks, and that we can do without.
   const std::vector<std::string>& missing() const { return missing_; }
-  // What `comm`, or no communicator in particular, has to say about its latest failure, if
-  // anything.
-  std::string last_error(NcclComm comm) const;
+  // Of a status that did not come from one of the functions below themselves.
+  Error error(const std::string& what, int status) const;
 
   ForeignFunction<NcclUniqueId*> get_unique_id{"ncclGetUniqueId"};
   ForeignFunction<NcclComm*, int, NcclUniqueId, int, NcclConfig*> comm_init{
@@ -64,6 +63,8 @@ class NcclLibrary {
   void find_required();
   void find_optional();
   Error unusable(const std::string& why) const;
+  // What NCCL has to say about its latest failure; may be empty.
+  std::string last_error() const;
   static std::string explain(const void* library, int status);
 
   DynamicLibrary library_;

@@ -99,31 +99,40 @@ void SharedMemoryGroup::spread_out() {
     if (ranks_on(cpu) + 2 <= crowd && move_to_cpu(cpu)) return;
 }
 
-void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
-  const std::string where = describe(current_, call.subject);
+template <typename Needed>
+void SharedMemoryGroup::check_ranks(std::string_view during, Needed is_needed) const {
   // The dead first: what a rank reported before it died is then certain to be seen, and is the
   // better cause.
-  std::vector<int> dead, gone, absent;
+  std::vector<int> dead, gone;
   for (const int r : link_.dead_ranks())
-    if (!page(r).flag.reached(phase)) dead.push_back(link_.global_ranks()[r]);
+    if (is_needed(r)) dead.push_back(link_.global_ranks()[r]);
   for (int r = 0; r < size(); ++r) {
     if (r != rank() && page(r).flag.failed.load(std::memory_order_acquire))
       throw_reported(page(r).report, link_.global_ranks(), link_.global_ranks()[r]);
     const bool has_left = page(r).has_left.load(std::memory_order_acquire) != 0;
-    if (page(r).flag.reached(phase)) continue;
-    absent.push_back(link_.global_ranks()[r]);
-    if (has_left) gone.push_back(link_.global_ranks()[r]);
+    if (has_left && is_needed(r)) gone.push_back(link_.global_ranks()[r]);
   }
   if (!gone.empty())
-    throw PeerError(names_of(gone) + " closed the communicator before " + where, gone);
+    throw PeerError(names_of(gone) + " closed the communicator before " + std::string(during),
+                    gone);
   if (!dead.empty())
-    throw PeerError(names_of(dead) + " died: the process ended during " + where +
+    throw PeerError(names_of(dead) + " died: the process ended during " + std::string(during) +
                         "; see its log for the reason",
                     dead);
+}
+
+void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
+  const std::string where = describe(current_, call.subject);
+  const auto is_absent = [&](int r) { return !page(r).flag.reached(phase); };
+  check_ranks(where, is_absent);
   if (interrupted_.load(std::memory_order_relaxed))
     throw PeerError(names_of({global_rank()}) + " closed the communicator during " + where,
                     {global_rank()});
-  if (late && !absent.empty())
+  if (!late) return;
+  std::vector<int> absent;
+  for (int r = 0; r < size(); ++r)
+    if (is_absent(r)) absent.push_back(link_.global_ranks()[r]);
+  if (!absent.empty())
     throw TimeoutError(names_of(absent) + " had not arrived at " + where + " after " +
                            seconds(call.deadline.timeout_s()) +
                            ": stopped, slow, or somewhere else in the program; a longer "
@@ -132,17 +141,40 @@ void SharedMemoryGroup::watch(uint32_t phase, bool late, const Call& call) {
 }
 
 void SharedMemoryGroup::report(const Error& error) {
+  const std::lock_guard lock(report_mutex_);
   if (page(rank()).flag.failed.load(std::memory_order_relaxed)) return;
   // It ends because it is being closed, which leave() tells, and which is no failure of this rank.
   if (interrupted_.load(std::memory_order_relaxed)) return;
   page(rank()).report = report_of(error, link_.global_ranks()[rank()]);
-  // Publishes the report: pairs with the acquire in watch().
+  // Publishes the report: pairs with the acquire in check_ranks().
   page(rank()).flag.failed.store(1, std::memory_order_release);
 }
 
 void SharedMemoryGroup::leave() {
-  // Publishes all phases reached before: pairs with the acquire in watch().
+  // Publishes all phases reached before: pairs with the acquire in check_ranks().
   page(rank()).has_left.store(1, std::memory_order_release);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Control of what devices do. Progress orders nothing else; what a rank has told before it left is
+// known to who knows that it has left.
+
+void SharedMemoryGroup::agree(const Fingerprint& mine, const Call& call) {
+  guarded([&] { arrive(mine, {}, call); });
+}
+
+void SharedMemoryGroup::tell(Progress mine) {
+  page(rank()).begun.store(mine.begun, std::memory_order_relaxed);
+  page(rank()).ended.store(mine.ended, std::memory_order_relaxed);
+}
+
+Progress SharedMemoryGroup::progress_of(int rank) const {
+  return {page(rank).begun.load(std::memory_order_relaxed),
+          page(rank).ended.load(std::memory_order_relaxed)};
+}
+
+void SharedMemoryGroup::check_peers(uint64_t sequence, std::string_view during) const {
+  check_ranks(during, [&](int r) { return r != rank() && progress_of(r).ended < sequence; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------

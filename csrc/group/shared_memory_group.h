@@ -12,6 +12,7 @@
 
 #include "base/cpu.h"
 #include "base/error.h"
+#include "group/control.h"
 #include "group/fingerprint.h"
 #include "group/group.h"
 #include "kernels/kernels.h"
@@ -68,13 +69,14 @@ struct BucketUpdate {
   double scale;     // of the sum of the ranks' gradients, or of the reduced ones
 };
 
-class SharedMemoryGroup final : public Group {
+class SharedMemoryGroup final : public Group, public Control {
  public:
   // Collective over the ranks of the link.
   SharedMemoryGroup(HostLink link, const Deadline& deadline);
 
   int rank() const override { return link_.local_rank(); }
   int size() const override { return link_.local_size(); }
+  const std::vector<int>& global_ranks() const override { return link_.global_ranks(); }
   int global_rank() const { return link_.global_ranks()[static_cast<size_t>(rank())]; }
 
   void all_reduce(Span data, Op op, const Call& call) override;
@@ -89,10 +91,13 @@ class SharedMemoryGroup final : public Group {
   // Gradients are zero afterwards; the weights are equal on all ranks.
   void update(const BucketUpdate& bucket, const Call& call);
 
-  // From any thread: waits in progress and to come end with an Error.
-  void interrupt() { interrupted_.store(true, std::memory_order_relaxed); }
-  // Tells the others that this rank will not come again.
-  void leave();
+  void agree(const Fingerprint& mine, const Call& call) override;
+  void tell(Progress mine) override;
+  Progress progress_of(int rank) const override;
+  void check_peers(uint64_t sequence, std::string_view during) const override;
+  void report(const Error& error) override;
+  void interrupt() override { interrupted_.store(true, std::memory_order_relaxed); }
+  void leave() override;
 
  private:
   // What a rank tells the others when it arrives at a call.
@@ -113,6 +118,7 @@ class SharedMemoryGroup final : public Group {
     // all after the second; not written again before all have announced the next.
     Found found;
     std::atomic<uint32_t> has_left;
+    std::atomic<uint64_t> begun, ended;  // Progress of its device
     // The first error of this rank, for those who wait for it; valid once its flag says `failed`.
     ErrorReport report;
   };
@@ -150,10 +156,12 @@ class SharedMemoryGroup final : public Group {
   // The same for all ranks' pages, after the phase that ends a collective of num_elems.
   void collect(Findings& findings, size_t num_elems) const;
   void watch(uint32_t phase, bool late, const Call& call);
+  // Throws if a rank has reported an error, or has ended or left although it is_needed(rank).
+  template <typename Needed>
+  void check_ranks(std::string_view during, Needed is_needed) const;
   // Runs a collective; if it fails, the others learn why.
   template <typename Body>
   void guarded(Body body);
-  void report(const Error& error);
 
   // Ranks that yield to each other never sleep, and the kernel leaves three on one core beside one
   // on the next for tenths of a second: 4 ranks on 2 cores, 4 KiB: 29 us instead of 14. Not more
@@ -169,6 +177,7 @@ class SharedMemoryGroup final : public Group {
   double moved_s_ = 0;
   Fingerprint current_{};  // for messages
   std::atomic<bool> interrupted_{false};
+  std::mutex report_mutex_;
   std::mutex buffers_mutex_;
   std::vector<std::weak_ptr<SymmetricBuffer>> buffers_;
   uint64_t num_allocated_ = 0;

@@ -22,10 +22,10 @@ inline std::string mock_path(const std::string& name = "nccl_mock") {
 inline const CudaRuntime& cuda() { return CudaRuntime::load(mock_path()); }
 inline const NcclLibrary& nccl() { return NcclLibrary::load(mock_path()); }
 
-inline const MockControl& mock() {
-  static const auto get =
-      reinterpret_cast<const MockControl* (*)()>(cuda().library().symbol(MockControl::kSymbol));
-  return *get();
+// Each library has its own.
+inline const MockControl& control_of(const DynamicLibrary& library) {
+  return *reinterpret_cast<const MockControl* (*)()>(library.symbol(MockControl::kSymbol))();
 }
+inline const MockControl& mock() { return control_of(cuda().library()); }
 
 }  // namespace pyar::test

@@ -33,7 +33,7 @@ struct Orders {
   std::vector<Order> orders;
   std::map<std::string, int> calls;
   std::map<int, int> async_errors;
-  double delay_s = 0;
+  double delay_s = 0, abort_delay_s = 0;
   bool lazy = false;
   int version = 23007, num_devices = 8;
 };
@@ -153,6 +153,9 @@ int async_error(int rank) {
     const auto found = all.async_errors.find(rank);
     return found == all.async_errors.end() ? 0 : found->second;
   });
+}
+double abort_delay_s() {
+  return locked([](Orders& all) { return all.abort_delay_s; });
 }
 bool is_lazy() {
   return locked([](Orders& all) { return all.lazy; });
@@ -323,7 +326,7 @@ constexpr MockControl kControl = {
             all.orders.clear();
             all.calls.clear();
             all.async_errors.clear();
-            all.delay_s = 0;
+            all.delay_s = all.abort_delay_s = 0;
             all.lazy = false;
             all.version = 23007;
             all.num_devices = 8;
@@ -340,6 +343,8 @@ constexpr MockControl kControl = {
     .set_async_error =
         [](int rank, int status) { locked([&](Orders& all) { all.async_errors[rank] = status; }); },
     .set_delay = [](double seconds) { locked([&](Orders& all) { all.delay_s = seconds; }); },
+    .set_abort_delay =
+        [](double seconds) { locked([&](Orders& all) { all.abort_delay_s = seconds; }); },
     .set_lazy = [](bool lazy) { locked([&](Orders& all) { all.lazy = lazy; }); },
     .set_version = [](int number) { locked([&](Orders& all) { all.version = number; }); },
     .set_num_devices = [](int count) { locked([&](Orders& all) { all.num_devices = count; }); },

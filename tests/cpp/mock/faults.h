@@ -12,6 +12,7 @@ int entered(const char* function, int rank = -1);
 // The same for collectives that are to hang.
 bool is_to_hang(int rank);
 int async_error(int rank);
+double abort_delay_s();
 bool is_lazy();
 int version();
 

@@ -19,6 +19,8 @@ struct MockControl {
   void (*set_async_error)(int rank, int status);
   // Work on streams (not events) takes so much longer.
   void (*set_delay)(double seconds);
+  // ncclCommAbort takes so long.
+  void (*set_abort_delay)(double seconds);
   // Collectives return ncclInProgress and are queued a little later, as when NCCL connects late.
   void (*set_lazy)(bool lazy);
   void (*set_version)(int version);

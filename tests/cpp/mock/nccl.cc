@@ -258,6 +258,7 @@ MOCK_EXPORT int ncclCommInitRankConfig(void** handle, int size, UniqueId id, int
 }
 MOCK_EXPORT int ncclCommAbort(void* handle) {
   if (const int ordered = entered("ncclCommAbort", comm_of(handle)->rank())) return ordered;
+  sleep_s(abort_delay_s());
   comm_of(handle)->aborted = true;
   delete &comm_of(handle);
   return kSuccess;
