@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from pyallreduce import __version__
-from pyallreduce.cli import bench, trace
+from pyallreduce.cli import bench, doctor, trace
 from pyallreduce.errors import Error, UsageError
 
 PLANNED = {
-    "doctor": "say what this installation and machine offer",
     "plan": "print or pin the choice of schedules, buckets and chunks",
 }
 
@@ -24,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pyallreduce: `{options.command}` is planned, not there yet", file=sys.stderr)
         return 2
     try:
-        return bench.run(options, arguments) if options.command == "bench" else trace.run(options)
+        match options.command:
+            case "bench":
+                return bench.run(options, arguments)
+            case "doctor":
+                return doctor.run(options)
+            case _:
+                return trace.run(options)
     except UsageError as error:
         print(f"pyallreduce {options.command}: {error}", file=sys.stderr)
         return 2
@@ -42,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyallreduce {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module, purpose in (
+        ("doctor", doctor, "say what this installation and this machine offer"),
         ("bench", bench, "measure collectives, with the flags and columns of nccl-tests"),
         ("trace", trace, "merge the ranks' event records into one trace"),
     ):

@@ -48,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("command", ["doctor", "plan"])
+@pytest.mark.parametrize("command", ["plan"])
 def test_planned_commands_say_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "planned" in refused(capsys, command)
 
