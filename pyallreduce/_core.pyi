@@ -219,6 +219,159 @@ class kernels:
         isa: str = "",
     ) -> None: ...
 
+    class SpanTable:
+        """What one launch of ``cast`` works on: spans (source, destination, elements). An address may be an offset in
+        bytes from the launch's ``sources`` or ``destinations``. Types are equal, or float32 and a 16-bit float."""
+
+        def __init__(
+            self,
+            from_dtype: str,
+            to_dtype: str,
+            spans: Sequence[tuple[int, int, int]],
+            chunk_elems: int = 0,
+        ) -> None: ...
+        @property
+        def num_chunks(self) -> int: ...
+        def image(self) -> bytes:
+            """What is copied to the device; its address goes with each launch, a multiple of 16."""
+
+    class UpdateTable:
+        """What one launch of ``update`` works on: pieces (weight, momentum, gradient, copy, elements, group). Addresses
+        may be offsets in bytes, as above. No momentum: SGD without. A copy is of the gradients' dtype: 16 bits, where
+        weights are float32."""
+
+        def __init__(
+            self,
+            gradient_dtype: str,
+            weight_dtype: str,
+            pieces: Sequence[tuple[int, int | None, int, int | None, int, int]],
+            chunk_elems: int = 0,
+        ) -> None: ...
+        @property
+        def num_chunks(self) -> int: ...
+        def image(self) -> bytes:
+            """As SpanTable's; the kernels write into it, so launches with one image must not overlap."""
+
+    class UpdateRule:
+        """Of a param group. ``idle_scale``: what a momentum is multiplied by whose parameter no rank has used."""
+
+        def __init__(self, scalars: kernels.SgdScalars, idle_scale: float = 1.0) -> None: ...
+        @staticmethod
+        def on_device(
+            *,
+            form: str,
+            decay: float,
+            momentum: float,
+            nesterov: bool,
+            learning_rate: int,
+            momentum_unit: int = 0,
+        ) -> kernels.UpdateRule:
+            """``form``: reference, absorbed, corrected. ``learning_rate``: address of a float32, read when the kernel
+            runs. ``momentum_unit``: of a float64, for "corrected": the learning rate in whose units the momentum is
+            kept, 0 at first, changed by ``close_step``."""
+
+class cuda_twin:
+    """The CUDA kernels' source, run by one thread on host memory. All arguments named like memory are addresses, 0 for
+    none; ``max_blocks`` 0: as many as run at once. Errors: UsageError; Error if a launch fails. Nothing waits."""
+
+    @staticmethod
+    def copy(
+        source: int, destination: int, num_bytes: int, *, stream: int = 0, max_blocks: int = 0
+    ) -> None:
+        """Whole words of 4 bytes."""
+
+    @staticmethod
+    def reduce(
+        sources: Sequence[int],
+        destinations: Sequence[int],
+        num_elems: int,
+        dtype: str,
+        scale: float = 1.0,
+        *,
+        stream: int = 0,
+        max_blocks: int = 0,
+    ) -> None:
+        """Sum in source order times ``scale``; at most 16 of each."""
+
+    @staticmethod
+    def cast(
+        table: kernels.SpanTable,
+        image: int,
+        *,
+        sources: int = 0,
+        destinations: int = 0,
+        scale: float = 1.0,
+        stream: int = 0,
+        max_blocks: int = 0,
+    ) -> None:
+        """destination = source * scale for every span, rounded once: pack, unpack, cast, scale in place."""
+
+    @staticmethod
+    def update(
+        table: kernels.UpdateTable,
+        image: int,
+        rules: Sequence[kernels.UpdateRule],
+        *,
+        weights: int = 0,
+        momentum: int = 0,
+        gradients: int = 0,
+        copies: int = 0,
+        flags: int = 0,
+        scale: float = 1.0,
+        loss_scale: int = 0,
+        clip: int = 0,
+        zero_gradients: bool = False,
+        found_inf: int = 0,
+        aborted: int = 0,
+        new_found_inf: int = 0,
+        sum_squares: int = 0,
+        stream: int = 0,
+        max_blocks: int = 0,
+    ) -> None:
+        """One SGD step of every piece. Gradients are multiplied by scale / loss_scale (float32) * clip (float64) and
+        rounded to the weights' dtype. Nothing changes where found_inf (float32) or aborted (uint32, host-mapped too)
+        is not zero. ``flags``: an element of the gradients' dtype per piece, zero where no rank has used it.
+        Scaled gradients that are inf or NaN set new_found_inf (float32) to 1; their squares are added to sum_squares
+        (float64)."""
+
+    @staticmethod
+    def inspect(
+        table: kernels.UpdateTable,
+        image: int,
+        *,
+        gradients: int = 0,
+        flags: int = 0,
+        scale: float = 1.0,
+        loss_scale: int = 0,
+        aborted: int = 0,
+        new_found_inf: int = 0,
+        sum_squares: int = 0,
+        stream: int = 0,
+        max_blocks: int = 0,
+    ) -> None:
+        """What ``update`` would find, without the update: before clipping, and for GradScaler."""
+
+    @staticmethod
+    def close_step(
+        rules: Sequence[kernels.UpdateRule],
+        *,
+        found_inf: int = 0,
+        aborted: int = 0,
+        stream: int = 0,
+    ) -> None:
+        """After an iteration's last update: writes the momentum units of rules on the device."""
+
+    @staticmethod
+    def clip(sum_squares: int, max_norm: float, factor: int, *, stream: int = 0) -> None:
+        """factor (float64) = min(1, max_norm / (sqrt(sum_squares) + 1e-6))."""
+
+class cuda(cuda_twin):
+    """The same on the GPU, on ``stream`` of the current device. Only if ``has_cuda``."""
+
+    @staticmethod
+    def device_count() -> int:
+        """0 also where there is no driver or it is too old."""
+
 class schedules:
     class Transfer:
         def __init__(self, peer: int, begin: int, end: int, reduce: bool) -> None: ...

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "bindings/convert.h"
 #include "bindings/rooms.h"
 
 namespace py = pybind11;
@@ -18,33 +19,12 @@ namespace py = pybind11;
 namespace pyar {
 namespace {
 
-using Address = uintptr_t;
 using SgdSpan = std::tuple<Address, Address, Address, size_t>;  // weight, momentum or 0, gradient
-
-DType dtype_named(const std::string& name) {
-  for (uint32_t i = 0; i < kNumDTypes; ++i)
-    if (name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
-  throw UsageError("unknown dtype " + name);
-}
-
-Op op_named(const std::string& name) {
-  for (uint32_t i = 0; i < kNumOps; ++i)
-    if (name == name_of(static_cast<Op>(i))) return static_cast<Op>(i);
-  throw UsageError("unknown op " + name);
-}
 
 const KernelTable* table_named(const std::string& isa) {
   const KernelTable* table = isa.empty() ? nullptr : table_for(isa);
   if (!isa.empty() && !table) throw UsageError("this CPU does not run kernels for " + isa);
   return table;
-}
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-std::vector<void*> pointers(const std::vector<Address>& addresses) {
-  std::vector<void*> result;
-  for (const Address address : addresses) result.push_back(pointer(address));
-  return result;
 }
 
 // (element, source or None if only the sum is not finite), or None.

@@ -8,9 +8,6 @@
 #include "base/error.h"
 #include "bindings/rooms.h"
 #include "kernels/kernels.h"
-#ifdef PYALLREDUCE_HAVE_CUDA
-#include "kernels/cuda/cuda_kernels.h"
-#endif
 
 namespace py = pybind11;
 
@@ -71,15 +68,9 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("select_isa", &pyar::select_isa, py::arg("isa"),
         "Instruction set of all kernels from now on; False if this CPU lacks it.");
-#ifdef PYALLREDUCE_HAVE_CUDA
-  m.attr("has_cuda") = true;
-  m.def("cuda_device_count", &pyar::device_count);
-#else
-  m.attr("has_cuda") = false;
-  m.def("cuda_device_count", [] { return 0; });
-#endif
   pyar::bind_device(m);
   pyar::bind_kernels(m);
+  pyar::bind_cuda(m);
   pyar::bind_schedules(m);
   pyar::bind_inproc(m);
   pyar::bind_communicator(m);

@@ -18,6 +18,33 @@ struct SgdScalars {
   bool nesterov = false;
 };
 
+// How they follow the learning rate; kCorrected is the absorbed form with the paper's correction.
+enum class SgdForm : uint32_t { kReference, kAbsorbed, kCorrected };
+
+// One update at learning rate `rate`, where a corrected momentum was kept in units of the learning
+// rate `unit` until now (0: there is none yet).
+struct SgdStep {
+  SgdScalars scalars;
+  double unit;        // of the momentum from now on: at rate 0 it stays what it was
+  double idle_scale;  // of a momentum that this update does not touch: the change of unit
+};
+
+// `fixed`: decay, momentum, nesterov. As scalars_of() in pyallreduce/sgd.py.
+PYAR_ALWAYS_INLINE SgdStep step_at(SgdForm form, const SgdScalars& fixed, double rate,
+                                   double unit) {
+  SgdStep step{fixed, unit, 1};
+  step.scalars.history = fixed.momentum;
+  step.scalars.gain = form == SgdForm::kReference ? 1 : rate;
+  step.scalars.rate = form == SgdForm::kReference ? rate : 1;
+  if (form != SgdForm::kCorrected) return step;
+  step.unit = rate != 0 ? rate : unit != 0 ? unit : 1;
+  step.idle_scale = unit != 0 ? step.unit / unit : 1;
+  step.scalars.history = fixed.momentum * step.idle_scale;
+  step.scalars.gain = step.unit;
+  step.scalars.rate = rate != 0 ? 1 : 0;
+  return step;
+}
+
 // The scalars as the arithmetic uses them: double for float64, float for everything else.
 template <typename Scalar>
 struct SgdFactors {

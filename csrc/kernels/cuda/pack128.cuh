@@ -1,32 +1,11 @@
-// 16 bytes per memory access, for every CUDA kernel; and what surrounds a launch. C++17.
+// 16 bytes per memory access, for every kernel: elements on their way between memory and registers.
 #pragma once
 
-#include <algorithm>
-#include <cuda_runtime.h>
-#include <string>
-
-#include "base/dtype.h"
-#include "base/error.h"
-#include "kernels/cuda/cuda_kernels.h"
-
-#define PYAR_CUDA(call)                                                              \
-  do {                                                                               \
-    const cudaError_t pyar_error = (call);                                           \
-    if (pyar_error != cudaSuccess)                                                   \
-      throw ::pyar::Error(std::string(#call ": ") + cudaGetErrorString(pyar_error)); \
-  } while (false)
+#include "kernels/cuda/grid.cuh"
 
 namespace pyar {
 
-// kWidth elements that move in one access: 16 bytes in the body of a loop, a single element in its
-// tail.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T elems[kWidth];
-};
-template <typename T>
-constexpr int kWidth128 = 16 / sizeof(T);
-
+// What is calculated with: double for float64, float for everything else.
 template <typename T>
 struct AccOf {
   using type = float;
@@ -38,69 +17,74 @@ struct AccOf<double> {
 template <typename T>
 using AccType = typename AccOf<T>::type;
 
+// Elements per access where spans of two types are walked together: the wider one moves 16 bytes.
+template <typename A, typename B = A>
+constexpr int kWidthOf = 16 / static_cast<int>(sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+
+// A chunk's span. nvcc sees that it is global memory by the base, which is an argument; a base may
+// be null, from where sanitizers allow no pointer arithmetic.
+template <typename T, typename Byte>
+PYAR_KERNEL_CODE T* span_at(Byte* base, uint64_t offset) {
+#if defined(__CUDACC__)
+  return reinterpret_cast<T*>(base + offset);
+#else
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + offset);
+#endif
+}
+
+// kWidth elements that move in one access.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load(const void* base, size_t index, AccType<T> (&values)[kWidth]) {
-  const auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(static_cast<const T*>(base) + index);
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) values[j] = static_cast<AccType<T>>(pack.elems[j]);
-}
-
-// Rounds to the storage type; NaN becomes the one quiet NaN, as on the CPU.
-template <typename T>
-__device__ __forceinline__ T narrow(AccType<T> value) {
-  return value != value ? static_cast<T>(static_cast<AccType<T>>(__builtin_nan("")))
-                        : static_cast<T>(value);
-}
-
-template <typename T, int kWidth>
-__device__ __forceinline__ void store(void* base, size_t index,
-                                      const AccType<T> (&values)[kWidth]) {
-  Pack<T, kWidth> pack;
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) pack.elems[j] = narrow<T>(values[j]);
-  *reinterpret_cast<Pack<T, kWidth>*>(static_cast<T*>(base) + index) = pack;
-}
-
-// Pointers travel in the kernel's arguments, so the lists may die when the launcher returns.
-struct PointerList {
-  void* at[kMaxCudaSpans];
-  int count;
-
-  PointerList(void* const* pointers, size_t num_pointers) : at{}, count(int(num_pointers)) {
-    if (num_pointers > kMaxCudaSpans)
-      throw UsageError("a CUDA kernel takes at most " + std::to_string(kMaxCudaSpans) + " spans");
-    std::copy(pointers, pointers + num_pointers, at);
-  }
-  bool aligned128() const {
-    return std::all_of(at, at + count,
-                       [](void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-  }
+struct alignas(sizeof(T) * kWidth) Pack {
+  T elems[kWidth];
 };
 
-constexpr int kBlockThreads = 256;
-
-// Fills today's largest GPUs (H200: 132 SMs x 8 blocks); the kernels' grid strides do the rest. Not
-// tuned yet.
-inline unsigned blocks_for(size_t num_accesses) {
-  const size_t blocks = (num_accesses + kBlockThreads - 1) / kBlockThreads;
-  return static_cast<unsigned>(std::clamp<size_t>(blocks, 1, 2048));
+// Rounds to the storage type; NaN becomes the one quiet NaN, as on the CPU.
+template <typename T, typename Acc>
+PYAR_KERNEL_CODE T narrow(Acc value) {
+  return value != value ? static_cast<T>(static_cast<AccType<T>>(__builtin_nan("")))
+                        : static_cast<T>(static_cast<AccType<T>>(value));
 }
 
-// Calls launch(T{}) with the element type of a floating dtype.
-template <typename Launch>
-void with_type(DType dtype, Launch launch) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return launch(double{});
-    case DType::kFloat32:
-      return launch(float{});
-    case DType::kBFloat16:
-      return launch(BFloat16{});
-    case DType::kFloat16:
-      return launch(Float16{});
-    default:
-      throw UsageError(std::string("no CUDA kernel for ") + name_of(dtype));
+// A thread's elements of one span, in registers. Loads and stores of a batch are independent of
+// each other: all of them are under way before the first is waited for.
+template <typename Acc, typename A>
+struct Tile {
+  Acc at[A::kBatch][A::kWidth];
+
+  template <typename T>
+  PYAR_KERNEL_CODE void load(const T* span, const A& access) {
+    Pack<T, A::kWidth> packs[A::kBatch];
+    PYAR_UNROLL
+    for (int k = 0; k < A::kBatch; ++k)
+      packs[k] = *reinterpret_cast<const Pack<T, A::kWidth>*>(span + access.at(k));
+    PYAR_UNROLL
+    for (int k = 0; k < A::kBatch; ++k) {
+      PYAR_UNROLL
+      for (int j = 0; j < A::kWidth; ++j)
+        at[k][j] = static_cast<Acc>(static_cast<AccType<T>>(packs[k].elems[j]));
+    }
   }
-}
+
+  template <typename T>
+  PYAR_KERNEL_CODE void store(T* span, const A& access) const {
+    PYAR_UNROLL
+    for (int k = 0; k < A::kBatch; ++k) {
+      Pack<T, A::kWidth> pack;
+      PYAR_UNROLL
+      for (int j = 0; j < A::kWidth; ++j) pack.elems[j] = narrow<T>(at[k][j]);
+      *reinterpret_cast<Pack<T, A::kWidth>*>(span + access.at(k)) = pack;
+    }
+  }
+
+  // change(element) for each; the index pair finds the same element in another tile.
+  template <typename Change>
+  PYAR_KERNEL_CODE void each(const Change& change) {
+    PYAR_UNROLL
+    for (int k = 0; k < A::kBatch; ++k) {
+      PYAR_UNROLL
+      for (int j = 0; j < A::kWidth; ++j) change(at[k][j], k, j);
+    }
+  }
+};
 
 }  // namespace pyar
