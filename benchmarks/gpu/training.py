@@ -1,0 +1,248 @@
+"""ResNet-50 on one GPU at world size 1: what DDP's hooks cost a step, and what the update costs, before ours can help.
+
+bf16 autocast, channels_last, synthetic images that stay on the GPU. Ways take turns in blocks; one row per batch size
+with images per second from the median step (event to event on the GPU), and one row with the host's time: from an idle
+GPU until forward, backward and update have been queued. ``--dry-run``: small, on the CPU, with gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.gpu.program import emit, seconds_left, skip
+
+RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+PLAIN, DDP = "plain module + torch fused SGD", "DDP (nccl) + torch fused SGD"
+NOT_YET = {"aggregator + fused update": "not there yet: the aggregator takes no CUDA tensors"}
+PHASES = ("forward", "backward", "update")
+STEADY_S = 4.0  # a batch size is not begun with less time left
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``warmup`` lets cuDNN choose its algorithms. ``bf16``: not for CPUs, most of which emulate it."""
+
+    device: str
+    backend: str
+    batches: tuple[int, ...]
+    pixels: int
+    warmup: int
+    blocks: int
+    steps: int  # of a block
+    bf16: bool
+
+
+REAL = Plan("cuda", "nccl", (32, 256), 224, warmup=8, blocks=7, steps=10, bf16=True)
+DRY = Plan("cpu", "gloo", (2,), 32, warmup=1, blocks=1, steps=1, bf16=False)
+
+
+# --- one way of training ---------------------------------------------------------------------------------------------
+
+
+class Way:
+    """A network with its optimizer on one fixed batch. All ways begin with the same weights and see the same data."""
+
+    def __init__(self, plan: Plan, batch: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        from torchvision.models import resnet50
+
+        torch.manual_seed(0)
+        shape = (batch, 3, plan.pixels, plan.pixels)
+        self._images = torch.randn(shape, device=plan.device).to(memory_format=torch.channels_last)
+        self._labels = torch.randint(1000, (batch,), device=plan.device)
+        self._module = resnet50(weights=None).to(plan.device, memory_format=torch.channels_last)
+        self._net = wrap(self._module)
+        self._optimizer = torch.optim.SGD(
+            self._module.parameters(),
+            RATE,
+            MOMENTUM,
+            weight_decay=DECAY,
+            nesterov=True,
+            fused=True,
+        )
+        self._autocast = torch.autocast(plan.device, torch.bfloat16, enabled=plan.bf16)
+        self.losses: list[torch.Tensor] = []
+
+    def step(self, mark: Callable[[], Any]) -> list[Any]:
+        """What ``mark`` returned before, between and after PHASES."""
+        marks = [mark()]
+        with self._autocast:
+            loss = nn.functional.cross_entropy(self._net(self._images), self._labels)
+        marks.append(mark())
+        loss.backward()
+        marks.append(mark())
+        self._optimizer.step()
+        marks.append(mark())
+        self._optimizer.zero_grad()
+        self.losses.append(loss.detach())
+        return marks
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _ddp(module: nn.Module) -> nn.Module:
+    return DistributedDataParallel(module)
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def host_ms(way: Way, steps: int, device: str) -> list[list[float]]:
+    """By step and phase: how long the calls took that queue it. The GPU is idle when a step begins: as long as a step's
+    launches fit into its queue (1024), the host waits for nothing."""
+    found = []
+    for _ in range(steps):
+        _wait(device)
+        times = way.step(time.perf_counter)
+        found.append([(b - a) * 1e3 for a, b in itertools.pairwise(times)])
+    _wait(device)
+    return found
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def device_ms(way: Way, steps: int, device: str) -> tuple[list[float], list[float]]:
+    """Milliseconds of whole steps, begin to begin, and of their updates. On the GPU by events on its stream: the host
+    runs ahead, as in training."""
+    if device == "cpu":
+        times = [way.step(time.perf_counter) for _ in range(steps)]
+        return [(t[-1] - t[0]) * 1e3 for t in times], [(t[-1] - t[-2]) * 1e3 for t in times]
+    marks = [way.step(_event) for _ in range(steps)]
+    end = _event()
+    torch.cuda.synchronize()
+    begins = [m[0] for m in marks] + [end]
+    whole = [a.elapsed_time(b) for a, b in itertools.pairwise(begins)]
+    return whole, [m[-2].elapsed_time(m[-1]) for m in marks]
+
+
+# --- all ways --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """Of one way, block by block; milliseconds."""
+
+    steps: list[list[float]] = field(default_factory=list)
+    updates: list[float] = field(default_factory=list)
+    host: list[list[float]] = field(default_factory=list)  # by step, then phase
+
+    def as_json(self, batch: int) -> dict[str, Any]:
+        every = [ms for block in self.steps for ms in block]
+        step_ms, update_ms = statistics.median(every), statistics.median(self.updates)
+        host = [statistics.median(phase) for phase in zip(*self.host, strict=True)]
+        return {
+            "images_per_s": round(batch / step_ms * 1e3, 1),
+            "step_ms": round(step_ms, 4),
+            "block_medians_ms": [round(statistics.median(block), 4) for block in self.steps],
+            "update_ms": round(update_ms, 4),
+            "update_share": round(update_ms / step_ms, 5),
+            "host_ms": {p: round(ms, 4) for p, ms in zip(PHASES, host, strict=True)},
+        }
+
+
+def paired_ms(way: list[list[float]], base: list[list[float]]) -> float:
+    """Median over blocks of how much longer a step of ``way`` takes than one of ``base`` in the same block."""
+    pairs = zip(way, base, strict=True)
+    return statistics.median(statistics.median(a) - statistics.median(b) for a, b in pairs)
+
+
+def _sum(phases: list[list[float]], names: tuple[str, ...]) -> list[float]:
+    return [sum(step[PHASES.index(name)] for name in names) for step in phases]
+
+
+def measure(plan: Plan, batch: int) -> dict[str, Any]:
+    """The row of one batch size."""
+    ways = {PLAIN: Way(plan, batch, _plain), DDP: Way(plan, batch, _ddp)}
+    found = {name: Found() for name in ways}
+    host_blocks: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for way in ways.values():
+        for _ in range(plan.warmup):
+            way.step(time.perf_counter)
+        _wait(plan.device)
+    turns = list(ways.items())
+    for block in range(plan.blocks):
+        for name, way in turns if block % 2 else reversed(turns):
+            steps, updates = device_ms(way, plan.steps, plan.device)
+            found[name].steps.append(steps)
+            found[name].updates += updates
+            host = host_ms(way, plan.steps, plan.device)
+            found[name].host += host
+            host_blocks[name].append(_sum(host, ("forward", "backward")))
+    losses = {name: [round(float(x), 4) for x in way.losses[:3]] for name, way in ways.items()}
+    finite = {name: bool(torch.stack(way.losses).isfinite().all()) for name, way in ways.items()}
+    return {
+        "model": "resnet50",
+        "world_size": 1,
+        "batch": batch,
+        "pixels": plan.pixels,
+        "ways": {name: f.as_json(batch) for name, f in found.items()},
+        "missing": NOT_YET,
+        "ddp_step_ms": round(paired_ms(found[DDP].steps, found[PLAIN].steps), 4),
+        "ddp_host_ms": round(paired_ms(host_blocks[DDP], host_blocks[PLAIN]), 4),
+        "losses": losses,
+        "finite": finite,
+    }
+
+
+def agree(row: dict[str, Any]) -> bool:
+    """World size 1: DDP computes what the module alone does, up to the order of sums in bf16."""
+    plain, ddp = row["losses"][PLAIN], row["losses"][DDP]
+    close = all(abs(a - b) <= 0.02 * abs(a) for a, b in zip(plain, ddp, strict=True))
+    return close and all(row["finite"].values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dry-run", action="store_true")
+    plan = DRY if parser.parse_args().dry_run else REAL
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        skip("no torchvision, where ResNet-50 comes from")
+    torch.backends.cudnn.benchmark = True
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"device_id": torch.device("cuda", 0)} if plan.device == "cuda" else {}
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group(plan.backend, store=store, rank=0, world_size=1, **options)
+        for batch in plan.batches:
+            if seconds_left() < STEADY_S:
+                emit(model="resnet50", batch=batch, untried=f"{seconds_left():.0f} s are left")
+                continue
+            rows.append(measure(plan, batch))
+            emit(**rows[-1])
+        dist.destroy_process_group()
+    for row in rows:
+        if not agree(row):
+            print(f"the ways' losses differ, or are not finite: {row['losses']}")
+            return 1
+    words = [f"n = {row['batch']}: {row['ways'][DDP]['images_per_s']:.0f} images/s" for row in rows]
+    emit(says=f"DDP, {'; '.join(words)}; ours not there yet")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
