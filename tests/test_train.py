@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,12 @@ import torch
 from torch import nn
 
 import pyallreduce as par
-from train import checkpoint, data, launch, models, progress, rundir
+from ranks import run_ranks
+from train import checkpoint, data, launch, loop, models, progress, rundir
 from train.__main__ import main
 from train.config import Config, load_preset, parse
 from train.evaluate import Evaluator
+from train.job import Job, prepare
 from train.metrics import MetricsFile, read_metrics
 
 # 4 iterations per epoch; the ramp lasts the first epoch, so a stop in iteration 3 lies inside both.
@@ -296,6 +299,53 @@ def test_the_death_of_a_rank_ends_the_others(tmp_path):
     assert job.returncode == 128 + signal.SIGKILL
     assert "rank 0: PeerError" in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def resume_and_drift(comm: par.Communicator, output: Path, update: str) -> None:
+    """A checkpoint loads wrongly on rank 1. The file stays as it was, whoever asks to write it."""
+    cfg = make_config(output_dir=str(output), name="run", resume="auto", update=update)
+    first = prepare(cfg, comm)
+    first.save()
+    first.aggregator.close()
+    comm.barrier()
+    file = output / "run" / "checkpoint.pt"
+    written = file.stat()
+    jobs = []
+
+    def prepare_wrongly(cfg: Config, comm: par.Communicator) -> Job:
+        job = prepare(cfg, comm)
+        if comm.rank == 1:
+            job.state.model.fc.weight.data[0, 0] += 1e-3
+        jobs.append(job)
+        return job
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepare", prepare_wrongly)
+        with pytest.raises(par.MismatchError, match=r"weights of fc\.weight") as drift:
+            loop.train(cfg, comm)
+    assert drift.value.peers == (1,)
+    (job,) = jobs
+    assert job.state.step == 0
+    # Eager: torn, since all ranks' weights have been updated, from rank 1's too.
+    refusal, words = {
+        "step": (par.MismatchError, "drifted apart"),
+        "eager": (RuntimeError, "failed half way"),
+    }[update]
+    with pytest.raises(refusal, match=words):
+        job.save()
+    kept = file.stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert list(output.rglob("*checkpoint*")) == [file]  # nor in a folder of the resumed run's own
+
+
+def resume_and_drift_both_ways(rank: int, size: int, output: str) -> None:
+    for update in ("step", "eager"):
+        with closing(par.init(timeout_s=20)) as comm:
+            resume_and_drift(comm, Path(output) / update, update)
+
+
+def test_replicas_that_have_drifted_are_not_saved(tmp_path):
+    run_ranks(2, resume_and_drift_both_ways, str(tmp_path))
 
 
 # Bad input.
