@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -694,6 +695,23 @@ def one_rank_of_the_host_writes_shared_parameters(comm: par.Communicator) -> Non
         aggregator.close()
 
 
+@check
+def writing_waits_for_readers_before_and_for_the_writer_after(comm: par.Communicator) -> None:
+    model, optimizer, aggregator = attach(comm, "shared")
+    iterate(model, optimizer, comm.rank, 0)
+    before = gathered(comm, weights_of(model))[0]
+    if comm.rank != 0:
+        time.sleep(0.1)  # the writer is at the door
+        assert torch.equal(weights_of(model), before)
+    with aggregator.writing() as is_writer, torch.no_grad():
+        if is_writer:
+            time.sleep(0.1)  # the others are through
+            for p in model.parameters():
+                p.fill_(3)
+    assert (weights_of(model) == 3).all()
+    aggregator.close()
+
+
 def assign(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         p.data = state[name].clone()
@@ -724,6 +742,7 @@ def other_writes_to_shared_parameters_are_refused(comm: par.Communicator) -> Non
     state = make(CASES["plain"], 5).state_dict()
     writes: list[tuple[str, Callable[[nn.Module], Any]]] = [
         ("2.weight", lambda m: m[2].weight.mul_(2)),
+        ("4.weight", lambda m: m[4].weight.mul_(2)),  # not the first of its bucket
         ("0.bias", lambda m: setattr(m[0].bias, "data", m[0].bias.data.clone())),
         ("4.bias", lambda m: m.load_state_dict(state)),  # the first of its bucket, of all that are
     ]
