@@ -212,7 +212,7 @@ BAD = {
         ((0, "2.weight", 20, NAN), (-1, "2.weight", 19, INF)), -1, "2.weight"
     ),
     "first of several tiles": Bad(
-        ((0, "2.weight", -1, NAN), (-1, "2.weight", 12_000, NAN), (0, "0.weight", 0, INF)),
+        ((0, "2.weight", -1, NAN), (-1, "2.weight", 12_000, NAN), (0, "0.weight", -1, INF)),
         -1,
         "2.weight",
     ),
