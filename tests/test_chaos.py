@@ -127,9 +127,12 @@ comm = par.init()
 t = torch.ones(1 << 20)
 for i in range(1000):
     if comm.rank == 1 and i == 5:
+        open(sys.argv[1], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     comm.all_reduce(t)
 """
+# From a rank's death to the end of the launcher. torchrun gives 30 s to ranks that do not end at SIGTERM.
+LAUNCHER_S = 20.0
 
 
 def left_of(mark: str) -> list[int]:
@@ -148,16 +151,18 @@ def left_of(mark: str) -> list[int]:
 def run_and_die(script: Path, *launcher: str) -> tuple[subprocess.CompletedProcess[str], list[int]]:
     """How the launcher ended, and which processes it has left two seconds later."""
     script.write_text(DIES)
+    died = script.with_suffix(".died")
     mark = f"CHAOS_MARK={uuid.uuid4()}"
     name, value = mark.split("=")
     shared = set(os.listdir("/dev/shm"))
     result = subprocess.run(
-        [*launcher, str(script)],
+        [*launcher, str(script), str(died)],
         env={**os.environ, name: value},
         capture_output=True,
         text=True,
         timeout=60,
     )
+    assert time.time() - died.stat().st_mtime < LAUNCHER_S
     give_up_at = time.monotonic() + 2
     while (left := left_of(mark)) and time.monotonic() < give_up_at:
         time.sleep(0.02)
