@@ -89,6 +89,29 @@ void works_are_waited_for_elsewhere() {
   });
 }
 
+void a_work_under_way_is_not_done() {
+  const World world(2);
+  std::atomic<bool> is_inside{false}, was_seen{false};
+  on_threads(2, [&](int me) {
+    Rank rank(world, me);
+    Sum sum;
+    if (me == 1)
+      while (!was_seen.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const auto work = rank.engine().submit(
+        [&](Group& group, const Call& call) {
+          is_inside = true;
+          sum(group, call);
+        },
+        0);
+    if (me == 0) {
+      while (!is_inside.load()) std::this_thread::yield();
+      CHECK(!work->done() && !work->wait_for(0));
+      was_seen = true;
+    }
+    CHECK(finish(*work) && sum.value == 2);
+  });
+}
+
 // What is under way when a rank closes ends with an error there and with its peer's name elsewhere.
 void a_close_ends_what_is_under_way() {
   constexpr int kRanks = 2;
@@ -125,6 +148,35 @@ void a_close_ends_what_is_under_way() {
   }
 }
 
+// The group goes when close() has returned.
+void a_close_waits_for_callers() {
+  const World world(2);
+  std::atomic<bool> over{false};
+  on_threads(2, [&](int me) {
+    Rank rank(world, me);
+    if (me == 0) {
+      std::atomic<bool> is_inside{false};
+      const auto wait_for_rank_1 = [&](Group& group, const Call& call) {
+        is_inside = true;
+        try {
+          group.barrier(call);
+        } catch (...) {
+          is_inside = false;
+          throw;
+        }
+      };
+      std::thread caller(
+          [&] { error_of<PeerError>([&] { rank.engine().run(wait_for_rank_1, 0, kNothing); }); });
+      while (!is_inside.load()) std::this_thread::yield();
+      rank.close();
+      CHECK(!is_inside.load());
+      caller.join();
+      over = true;
+    }
+    while (!over.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+}
+
 void several_threads_may_close() {
   for (int round = 0; round < 100; ++round) {
     const World world(2);
@@ -143,39 +195,48 @@ void the_first_error_wins() {
   on_threads(2, [&](int me) {
     Rank rank(world, me);
     float data[4] = {};
+    std::atomic<bool> is_queued{false};
     const auto wrong = rank.engine().submit(
         [&](Group& group, const Call& call) {
+          while (!is_queued.load()) std::this_thread::yield();
           group.all_reduce({data, size_t(3 + me), DType::kFloat32}, Op::kSum, call);
         },
         0);
     Sum sum;
-    std::shared_ptr<Work> queued;
-    std::string first, later;
-    try {
-      queued = rank.engine().submit(std::ref(sum), 0);
-    } catch (const MismatchError&) {  // the worker was faster
-    }
-    first = error_of<MismatchError>([&] { finish(*wrong); }).what();
-    if (queued) CHECK(error_of<MismatchError>([&] { finish(*queued); }).what() == first);
-    later = error_of<MismatchError>([&] { rank.engine().run(std::ref(sum), 0, kNothing); }).what();
-    CHECK(later == first);
+    const auto queued = rank.engine().submit(std::ref(sum), 0);
+    is_queued = true;
+    const std::string first = error_of<MismatchError>([&] { finish(*wrong); }).what();
+    CHECK(error_of<MismatchError>([&] { finish(*queued); }).what() == first);
+    const auto later = [&] { rank.engine().run(std::ref(sum), 0, kNothing); };
+    CHECK(error_of<MismatchError>(later).what() == first);
   });
 }
 
-// on_slice runs on the caller's thread while it waits; what it throws ends the wait.
+// on_slice runs on the caller's thread while it waits; what it throws ends the wait, here or behind
+// a work that the worker is in.
 void a_slice_may_throw() {
-  const World world(2);
-  std::atomic<bool> over{false};
-  on_threads(2, [&](int me) {
-    Rank rank(world, me);
-    if (me == 0) {
-      Sum sum;
-      const std::function<void()> ctrl_c = [] { throw Error("interrupted"); };
-      error_of<Error>([&] { rank.engine().run(std::ref(sum), 0, ctrl_c); });
-      over = true;
-    }
-    while (!over.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  });
+  for (const bool is_behind_work : {false, true}) {
+    const World world(2);
+    std::atomic<bool> over{false};
+    on_threads(2, [&](int me) {
+      Rank rank(world, me);
+      if (me == 0) {
+        Sum sum, before;
+        std::shared_ptr<Work> work;
+        if (is_behind_work) work = rank.engine().submit(std::ref(before), 0);
+        const std::string ctrl_c = "ctrl-c";
+        const std::function<void()> interrupted = [&] { throw Error(ctrl_c); };
+        CHECK(error_of<Error>([&] { rank.engine().run(std::ref(sum), 0, interrupted); }).what() ==
+              ctrl_c);
+        if (work) {
+          CHECK(work->done());  // else the worker might still be in `sum`
+          CHECK(error_of<Error>([&] { finish(*work); }).what() == ctrl_c);
+        }
+        over = true;
+      }
+      while (!over.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    });
+  }
 }
 
 }  // namespace
@@ -184,7 +245,9 @@ int main() {
   give_up_after(240);
   one_order_whoever_calls();
   works_are_waited_for_elsewhere();
+  a_work_under_way_is_not_done();
   a_close_ends_what_is_under_way();
+  a_close_waits_for_callers();
   several_threads_may_close();
   the_first_error_wins();
   a_slice_may_throw();
