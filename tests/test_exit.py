@@ -56,6 +56,13 @@ class Rank:
         while not (self.path / what).exists():
             time.sleep(0.01)
 
+    def await_end_of_rank_0(self) -> None:
+        self.await_("left")
+        state = Path(f"/proc/{(self.path / 'pid').read_text()}/stat")
+        with contextlib.suppress(FileNotFoundError):
+            while state.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.01)
+
     def signal_soon(self, *signals: int) -> None:
         """As from a terminal, while this thread waits for rank 1; one after the other."""
 
@@ -73,6 +80,7 @@ def as_program(rank: int, n: int, path: str, main: Main) -> Any:
     me = Rank(rank, n, path)
     if me.stays:
         return main(me)
+    (me.path / "pid").write_text(str(os.getpid()))
     os.dup2(os.open(f"{path}/stderr", os.O_WRONLY | os.O_CREAT), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code: Any = 0
@@ -215,6 +223,7 @@ def ends_beside_a_daemon(me: Rank) -> None:
     comm = par.init()
     comm.barrier()
     if me.stays:
+        me.await_end_of_rank_0()  # its threads' calls are under way until then
         return lose_rank_0(me, lambda: comm.all_reduce(torch.ones(3)))
     pending = comm.all_reduce(torch.ones(3), async_op=True)
     assert pending is not None
