@@ -268,24 +268,25 @@ std::exception_ptr NcclWatch::find_late() const {
                    absent));
 }
 
+template <typename IsOver>
+void NcclWatch::wait(Lock& lock, double limit_s, IsOver is_over) {
+  const Deadline deadline(limit_s);
+  while (!is_over() && !deadline.passed()) changed_.wait_for(lock, duration(kPollS));
+}
+
 // An abort is local; to finalize or to destroy a communicator may wait for peers. But peers may
 // still read out of this rank's buffers when its own flights have ended.
 void NcclWatch::let_end(Lock& lock) {
-  const auto wait = [&](double limit_s, auto is_over) {
-    const Deadline deadline(limit_s);
-    while (!is_over() && !deadline.passed() && !first_error_)
-      changed_.wait_for(lock, duration(kPollS));
-  };
+  const int me = control_->global_ranks()[static_cast<size_t>(control_->rank())];
   const std::exception_ptr trouble = error_of([&] {
-    wait(kOwnEndS, [&] {
+    wait(lock, kOwnEndS, [&] {
       retire();
-      return flights_.empty();
+      return flights_.empty() || first_error_;
     });
-    const int me = control_->global_ranks()[static_cast<size_t>(control_->rank())];
     if (!flights_.empty())
       throw PeerError(names_of({me}) + " closed the communicator during " + flights_.front().what(),
                       {me});
-    wait(kPeersEndS, [&] {
+    wait(lock, kPeersEndS, [&] {
       for (int r = 0; r < control_->size(); ++r)
         if (r != control_->rank() && control_->progress_of(r).ended < progress_.ended) return false;
       return true;
@@ -300,6 +301,14 @@ void NcclWatch::abort(Lock& lock) {
   lock.unlock();
   if (comm) nccl_.comm_abort.status(comm);
   lock.lock();
+  // What has been aborted ends soon, and only then leaves the caller's memory alone. Peers are not
+  // told that it has ended: it has not ended well.
+  error_of([&] {
+    wait(lock, kAbortedEndS, [&] {
+      while (!flights_.empty() && flights_.front().ended->has_passed()) flights_.pop_front();
+      return flights_.empty();
+    });
+  });
 }
 
 bool NcclWatch::close() {

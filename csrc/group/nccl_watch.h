@@ -75,8 +75,8 @@ class NcclWatch {
   static constexpr double kGraceS = 0.25;
   // NCCL answers at once unless it is stuck; then only an abort under the call helps.
   static constexpr double kCallEndsS = 0.2;
-  // To close: here, at the peers, and in all.
-  static constexpr double kOwnEndS = 0.4, kPeersEndS = 0.2, kCloseS = 0.95;
+  // To close: for flights here, at the peers, after an abort, and in all.
+  static constexpr double kOwnEndS = 0.3, kPeersEndS = 0.2, kAbortedEndS = 0.1, kCloseS = 0.95;
   // How often a communicator under construction is asked whether it is there.
   static constexpr double kPollS = 5e-4;
 
@@ -89,6 +89,8 @@ class NcclWatch {
   void look(Lock& lock);
   std::exception_ptr find_trouble(Lock& lock);
   std::exception_ptr find_late() const;  // under mutex_
+  template <typename IsOver>
+  void wait(Lock& lock, double limit_s, IsOver is_over);
   void let_end(Lock& lock);
   void abort(Lock& lock);
 

@@ -56,6 +56,10 @@ struct Rank {
     return call;
   }
 
+  // For collectives that may be aborted: it outlives them.
+  std::vector<float> memory = std::vector<float>(100, 1.0f);
+  Span span() { return {memory.data(), memory.size(), DType::kFloat32}; }
+
   Stream stream;
   NcclGroup group;
   Calls calls;
@@ -266,12 +270,10 @@ void an_absent_rank_is_named() {
 // Launches until the group fails; at most a minute.
 template <typename Expected>
 Expected error_of_training(Rank& rank, double timeout_s = 30) {
-  std::vector<float> data(100);
   const Deadline deadline(60);
   return error_of<Expected>([&] {
     while (!deadline.passed()) {
-      rank.group.all_reduce({data.data(), data.size(), DType::kFloat32}, Op::kSum,
-                            rank.next(timeout_s));
+      rank.group.all_reduce(rank.span(), Op::kSum, rank.next(timeout_s));
       rank.group.wait_on(rank.stream.get());
       rank.stream.synchronize();
       rank.group.check();
@@ -309,12 +311,11 @@ void a_device_that_does_not_begin_is_named() {
   std::atomic<int> failed{0};
   on_ranks(3, [&](const World& world, int me) {
     Rank rank(world, me);
-    std::vector<float> data(10);
     if (me == 2)
       on_stream(rank.stream.get(), [&] {
         while (failed < 3) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       });
-    rank.group.all_reduce({data.data(), 10, DType::kFloat32}, Op::kSum, rank.next(0.5));
+    rank.group.all_reduce(rank.span(), Op::kSum, rank.next(0.5));
     const Deadline deadline(30);
     const auto error = error_of<TimeoutError>([&] {
       for (; !deadline.passed(); std::this_thread::sleep_for(std::chrono::milliseconds(1)))
@@ -331,9 +332,8 @@ void what_is_queued_behind_an_abort_knows_it() {
   mock().hang(0, 1);
   on_ranks(2, [](const World& world, int me) {
     Rank rank(world, me);
-    std::vector<float> data(10);
     uint32_t seen = 0;
-    rank.group.all_reduce({data.data(), 10, DType::kFloat32}, Op::kSum, rank.next(0.3));
+    rank.group.all_reduce(rank.span(), Op::kSum, rank.next(0.3));
     rank.group.wait_on(rank.stream.get());
     on_stream(rank.stream.get(), [&] { seen = rank.group.aborted(); });
     rank.stream.synchronize();
@@ -347,9 +347,7 @@ void an_error_of_nccl_itself_is_noticed() {
   std::atomic<int> launched{0};
   on_ranks(2, [&](const World& world, int me) {
     Rank rank(world, me);
-    std::vector<float> data(10);
-    for (int i = 0; i < 4; ++i)
-      rank.group.all_reduce({data.data(), 10, DType::kFloat32}, Op::kSum, rank.next());
+    for (int i = 0; i < 4; ++i) rank.group.all_reduce(rank.span(), Op::kSum, rank.next());
     if (++launched == 2) mock().set_async_error(0, 6);
     const Deadline deadline(30);
     const auto error = error_of<Error>([&] {
@@ -411,8 +409,7 @@ void leaving_takes_a_second_at_most() {
   mock().hang(0, 1);
   on_ranks(2, [](const World& world, int me) {
     Rank rank(world, me);
-    std::vector<float> data(10);
-    rank.group.all_reduce({data.data(), 10, DType::kFloat32}, Op::kSum, rank.next());
+    rank.group.all_reduce(rank.span(), Op::kSum, rank.next());
     const double begin_s = now_s();
     rank.group.leave();
     CHECK(now_s() - begin_s < 3);  // of which 1 is promised
@@ -427,8 +424,7 @@ void an_abort_that_hangs_is_left_behind() {
   mock().set_abort_delay(4);
   on_ranks(2, [](const World& world, int me) {
     Rank rank(world, me);
-    std::vector<float> data(10);
-    rank.group.all_reduce({data.data(), 10, DType::kFloat32}, Op::kSum, rank.next());
+    rank.group.all_reduce(rank.span(), Op::kSum, rank.next());
     rank.group.wait_on(rank.stream.get());
     rank.stream.synchronize();
     const double begin_s = now_s();
@@ -561,8 +557,7 @@ void a_death_is_named() {
       rank.group.barrier(rank.next());
       if (me == victim) {
         mock().hang(me, 1);
-        std::vector<float> data(100);
-        rank.group.all_reduce({data.data(), 100, DType::kFloat32}, Op::kSum, rank.next());
+        rank.group.all_reduce(rank.span(), Op::kSum, rank.next());
         usleep(100'000);
         kill(getpid(), SIGKILL);
       }
