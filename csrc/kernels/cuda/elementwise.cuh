@@ -41,8 +41,7 @@ struct CopyBody {
     for (int k = 0; k < kBatch; ++k)
       words[k] = *reinterpret_cast<const Words*>(source + access.at(k));
     PYAR_UNROLL
-    for (int k = 0; k < kBatch; ++k)
-      *reinterpret_cast<Words*>(destination + access.at(k)) = words[k];
+    for (int k = 0; k < kBatch; ++k) store_whole(destination + access.at(k), words[k]);
   }
 };
 

@@ -58,7 +58,7 @@ class HostBlock {
 struct NothingShared {};
 
 // kBatch accesses of one thread, kWidth elements side by side each. Neighbouring threads have
-// neighbouring accesses. The stride is a constant: with another, nvcc splits wide stores.
+// neighbouring accesses.
 template <int kWidthOfOne, int kNumAccesses>
 struct Accesses {
   static constexpr int kWidth = kWidthOfOne, kBatch = kNumAccesses;

@@ -38,6 +38,20 @@ struct alignas(sizeof(T) * kWidth) Pack {
   T elems[kWidth];
 };
 
+// One access, also where nvcc would split the assignment of a struct into stores of its elements,
+// as it does in loops over destinations.
+template <typename Whole>
+PYAR_KERNEL_CODE void store_whole(void* to, const Whole& pack) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(Whole) == 16)
+    __stwb(static_cast<uint4*>(to), __builtin_bit_cast(uint4, pack));
+  else if constexpr (sizeof(Whole) == 8)
+    __stwb(static_cast<uint2*>(to), __builtin_bit_cast(uint2, pack));
+  else
+#endif
+    *static_cast<Whole*>(to) = pack;
+}
+
 // Rounds to the storage type; NaN becomes the one quiet NaN, as on the CPU.
 template <typename T, typename Acc>
 PYAR_KERNEL_CODE T narrow(Acc value) {
@@ -72,7 +86,7 @@ struct Tile {
       Pack<T, A::kWidth> pack;
       PYAR_UNROLL
       for (int j = 0; j < A::kWidth; ++j) pack.elems[j] = narrow<T>(at[k][j]);
-      *reinterpret_cast<Pack<T, A::kWidth>*>(span + access.at(k)) = pack;
+      store_whole(span + access.at(k), pack);
     }
   }
 
