@@ -17,10 +17,9 @@ class Outcomes:
         self._counts: Counter[str] = Counter()
 
     def _print(self, text: str) -> None:
-        """On a line of its own in pytest's report, where capturing does not reach."""
-        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        reporter.ensure_newline()
-        reporter.write_line(text)
+        """On a line of its own in pytest's report, where capturing does not reach. The reporter's ensure_newline()
+        does not know of dots that -q has printed."""
+        self._config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{text}")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
