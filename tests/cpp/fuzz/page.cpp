@@ -14,9 +14,10 @@ constexpr int kRanks = 3, kVictim = 1;
 // More than the limits below which a group takes a shorter way: the symmetric buffer is used where
 // it lies, an ordinary tensor goes through the slots in turns.
 constexpr size_t kElems = 10000, kPartBytes = 40960;
-// How a page begins: the flag's phase; two notices of a fingerprint, a place and a time; what was
-// found.
-constexpr size_t kNoticesAt = 64, kNoticeBytes = 64, kFoundAt = kNoticesAt + 2 * kNoticeBytes;
+// How a page begins: the flag's phase; two notices of a fingerprint, a place and a time; their
+// subjects; what was found.
+constexpr size_t kNoticesAt = 64, kNoticeBytes = 64, kSubjectBytes = 256;
+constexpr size_t kFoundAt = kNoticesAt + 2 * (kNoticeBytes + kSubjectBytes);
 
 class Host {
  public:
