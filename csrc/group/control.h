@@ -35,8 +35,8 @@ class Control {
 
   virtual void tell(Progress mine) = 0;
   virtual Progress progress_of(int rank) const = 0;
-  // Throws if another rank has reported an error, or has died or closed before its device ended call
-  // `sequence`; `during` is for messages.
+  // Throws if another rank has reported an error, or has died or closed before its device ended
+  // call `sequence`; `during` is for messages.
   virtual void check_peers(uint64_t sequence, std::string_view during) const = 0;
   // The other ranks get this error, too. The first counts.
   virtual void report(const Error& error) = 0;
