@@ -48,9 +48,8 @@ class DriftSentinel:
         self._labels += [f"momentum of {name}" for name, _ in self._momentum]
         self._hashes = torch.empty(len(self._labels), dtype=torch.int64)  # as bits, of each label
         self._totals = torch.empty(comm.size, dtype=torch.int64)  # the hash of each rank's hashes
-        self._total: torch.Tensor | None = (
-            None  # the hash of this rank's hashes, if it is to be compared
-        )
+        # The hash of this rank's hashes, if it is to be compared.
+        self._total: torch.Tensor | None = None
         self._gathering: Work | None = None
         self._finished = 0  # iterations
         self._is_due = True

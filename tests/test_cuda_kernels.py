@@ -24,15 +24,6 @@ SIZES = [3, 64, 4096, 1, 9001, 0, 517, 20000]  # elements of the parameters
 LINE = 64  # bytes: every parameter begins on a cache line, as in the aggregator's buckets
 
 
-def why_no_gpu() -> str:
-    if not _core.has_cuda:
-        return "NOT RUN ON A GPU: built without CUDA (no nvcc)"
-    return "" if torch.cuda.is_available() else "NOT RUN ON A GPU: torch finds none"
-
-
-needs_gpu = pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu())
-
-
 @dataclass
 class Machine:
     """Where kernels run: the twin on the host, or the GPU."""
@@ -62,7 +53,7 @@ def addresses(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=["twin", pytest.param("gpu", marks=needs_gpu)])
+@pytest.fixture(params=["twin", pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest) -> Machine:
     return twin() if request.param == "twin" else gpu()
 
@@ -534,7 +525,7 @@ def test_copies(machine: Machine) -> None:
 # ---- only on a GPU ----
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [0, 1, 7, 2000])
 @pytest.mark.parametrize(("gradient", "weight"), MIXED, ids=name_of)
 def test_a_gpu_has_the_twins_bits_whatever_the_grid(
@@ -557,7 +548,7 @@ def test_a_gpu_has_the_twins_bits_whatever_the_grid(
     assert same_bits(results[0][1], results[1][1])
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_launches_return_while_the_gpu_is_busy() -> None:
     machine, done = gpu(), torch.cuda.Event()
     bucket = Bucket(torch.float32, torch.float32, "cuda")
@@ -580,7 +571,7 @@ def test_launches_return_while_the_gpu_is_busy() -> None:
     torch.cuda.synchronize()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_captured_update_follows_what_lies_on_the_device() -> None:
     machine = gpu()
     captured, plain = (Bucket(torch.float32, torch.float32, "cuda") for _ in "cp")

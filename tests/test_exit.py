@@ -59,7 +59,7 @@ class Rank:
     def await_end_of_rank_0(self) -> None:
         self.await_("left")
         state = Path(f"/proc/{(self.path / 'pid').read_text()}/stat")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # reaped
             while state.read_text().rpartition(")")[2].split()[0] != "Z":
                 time.sleep(0.01)
 

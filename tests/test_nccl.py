@@ -148,8 +148,7 @@ SAME(traffic_class, trafficClass);
 #endif
 static_assert(NcclConfig{}.magic == NCCL_API_MAGIC);
 static_assert(NcclConfig::kUndefined == NCCL_CONFIG_UNDEF_INT);
-static_assert(kNcclSuccess == ncclSuccess && kNcclRemoteError == ncclRemoteError);
-static_assert(kNcclInProgress == ncclInProgress);
+static_assert(kNcclSuccess == ncclSuccess && kNcclInProgress == ncclInProgress);
 static_assert(nccl_dtype(DType::kUInt8) == ncclUint8 && nccl_dtype(DType::kInt32) == ncclInt32);
 static_assert(nccl_dtype(DType::kInt64) == ncclInt64 && nccl_dtype(DType::kFloat16) == ncclFloat16);
 static_assert(nccl_dtype(DType::kFloat32) == ncclFloat32 && nccl_dtype(DType::kFloat64) == ncclFloat64);

@@ -22,8 +22,7 @@ static_assert(std::is_trivially_copyable_v<NcclUniqueId>);
 
 // ncclResult_t
 inline constexpr int kNcclSuccess = 0;
-inline constexpr int kNcclRemoteError = 6;  // a connection broke, or a process has ended
-inline constexpr int kNcclInProgress = 7;   // not an error: of communicators that do not block
+inline constexpr int kNcclInProgress = 7;  // not an error: of communicators that do not block
 
 // ncclDataType_t
 constexpr int nccl_dtype(DType dtype) {

@@ -23,9 +23,7 @@ def expected_error(case: Case) -> str:
     if case.fault == "stop":
         return "TimeoutError"
     if case.fault == "allocation":
-        return (
-            "Error"  # nobody died: the victim says what it could not get, before its process ends
-        )
+        return "Error"  # nobody died; the victim says what it could not get
     return "PeerError"  # also where the victim's call is interrupted, which it says before it ends
 
 
