@@ -160,6 +160,7 @@ def run_block(
             for _ in range(loop_calls):
                 call()
             seconds.append((time.perf_counter() - start) / loop_calls)
+            barrier()  # else who returned first checks its sums for a time slice on the core that others return on
             if loop_calls > 1:
                 data /= growth
             wrong += pattern.count_wrong(data, index)

@@ -66,10 +66,8 @@ def _lines(axis: Axes, records: list[Record], in_busbw: bool) -> None:
     axis.grid(alpha=0.3)
 
 
-def draw_busbw(book: Book, path: Path) -> None:
-    figure, panels = _panels(
-        book.select("all_reduce", cache="hot"), "All-reduce, float32, in place"
-    )
+def draw_busbw(all_records: list[Record], path: Path) -> None:
+    figure, panels = _panels(all_records, "All-reduce, float32, in place")
     for axis, records in panels:
         _lines(axis, records, in_busbw=True)
         axis.set_ylabel("busbw = bytes / time x 2(n-1)/n, GB/s")
@@ -77,9 +75,8 @@ def draw_busbw(book: Book, path: Path) -> None:
     _save(figure, path, panels[0][0])
 
 
-def draw_latency(book: Book, path: Path) -> None:
-    small = [r for r in book.select("all_reduce", cache="hot") if r["bytes"] <= SMALL]
-    figure, panels = _panels(small, "All-reduce up to 64 KiB, whole call")
+def draw_latency(all_records: list[Record], path: Path) -> None:
+    figure, panels = _panels(all_records, "All-reduce up to 64 KiB, whole call")
     for axis, records in panels:
         _lines(axis, records, in_busbw=False)
         axis.set_yscale("log")
@@ -87,9 +84,8 @@ def draw_latency(book: Book, path: Path) -> None:
     _save(figure, path, panels[0][0])
 
 
-def draw_steps(book: Book, path: Path) -> None:
+def draw_steps(records: list[Record], path: Path) -> None:
     """Stacked: the phases as the clock around them saw them; of backward, what it takes longer than the plain one."""
-    records = book.select("step")
     figure, axes = plt.subplots(1, len(records), figsize=(7 * len(records), 4), squeeze=False)
     machine = records[-1]["machine"]
     figure.suptitle(
@@ -145,14 +141,15 @@ def _save(figure: Figure, path: Path, with_legend: Axes) -> None:
 def draw_all(book: Book, folder: Path) -> list[Path]:
     """Every picture for which there are records; where they are."""
     folder.mkdir(parents=True, exist_ok=True)
+    hot = book.select("all_reduce", cache="hot")
     drawn = []
-    for name, benchmark, draw in (
-        ("busbw", "all_reduce", draw_busbw),
-        ("latency", "all_reduce", draw_latency),
-        ("step", "step", draw_steps),
+    for name, records, draw in (
+        ("busbw", hot, draw_busbw),
+        ("latency", [record for record in hot if record["bytes"] <= SMALL], draw_latency),
+        ("step", book.select("step"), draw_steps),
     ):
-        if book.select(benchmark):
+        if records:
             path = folder / f"{name}.png"
-            draw(book, path)
+            draw(records, path)
             drawn.append(path)
     return drawn
