@@ -6,6 +6,7 @@ interrupted.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,7 +19,10 @@ import pyallreduce as par
 from train import launch
 from train.config import Config, parse
 
-COMMANDS = {"classify": "train an image classifier with the paper's recipe"}
+COMMANDS = {
+    "classify": "train an image classifier with the paper's recipe",
+    "export": "write a run's weights as safetensors",
+}
 DONE, FAILED, USAGE, MISSED = range(4)
 
 
@@ -34,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
                 f"given command {command!r}, accepted: {', '.join(COMMANDS)}; "
                 "for example: python -m train classify --preset digits --nproc 2"
             )
+        if command != "classify":  # a module of its own, which says what it takes
+            return importlib.import_module(f"train.{command.replace('-', '_')}").main(arguments)
         cfg = parse(command, arguments)
         launcher = launch.launched_by(os.environ)
         if cfg.nproc and launcher not in (None, launch.OURSELVES):

@@ -94,6 +94,16 @@ def load(path: Path | None, identity: dict[str, Any], comm: par.Communicator) ->
     return content
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The checked content of a checkpoint, whoever wrote it. UsageError when there is no intact one."""
+    try:
+        return _decode(path.read_bytes(), path)
+    except OSError as error:
+        raise par.UsageError(
+            f"{path} cannot be read ({error.strerror}); give a run directory or a checkpoint in it"
+        ) from None
+
+
 def restore(state: TrainState, content: dict[str, Any], comm: par.Communicator) -> None:
     """Put this rank's part of the content into the live objects, after hooks have been attached."""
     state.model.load_state_dict(content["model"])

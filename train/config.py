@@ -243,8 +243,8 @@ def parse(command: str, argv: Sequence[str]) -> Config:
     return Config(**{**values, **given})
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that says what to do next, and suggests the flag that was meant."""
+class Parser(argparse.ArgumentParser):
+    """argparse for every command: says what to do next, and suggests the flag that was meant."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -256,10 +256,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
 
 
-def _parser(command: str, preset: str, values: dict[str, Any]) -> _Parser:
+def _parser(command: str, preset: str, values: dict[str, Any]) -> Parser:
     # Absent flags stay absent (SUPPRESS), so that a preset's value is not covered by a default;
     # the help text therefore prints the value that would be used.
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m train {command}",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

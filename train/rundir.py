@@ -108,7 +108,11 @@ def _checkpoint_to_resume(cfg: Config) -> Path | None:
         runs = _runs_named(Path(cfg.output_dir), _name(cfg))
         found = [run / CHECKPOINT for run in runs if (run / CHECKPOINT).exists()]
         return found[-1] if found else None
-    given = Path(cfg.resume)
+    return checkpoint_in(Path(cfg.resume))
+
+
+def checkpoint_in(given: Path) -> Path:
+    """The checkpoint of a run directory; a file is its own."""
     return given / CHECKPOINT if given.is_dir() else given
 
 
