@@ -620,7 +620,7 @@ def test_workers_with_permutations_of_their_own_would_miss_images():
 
 def test_resuming_inside_an_epoch_replays_nothing():
     train = data.digits().train
-    settings = {"seed": 5, "epoch": 2, "rank": 1, "size": 2, "batch_size": 32}
+    settings = {"seed": 5, "epoch": 2, "workers": [1], "k": 2, "batch_size": 32}
     whole = list(data.batches(train, **settings, steps=range(22)))
     tail = list(data.batches(train, **settings, steps=range(9, 22)))
     assert len(tail) == 13

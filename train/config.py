@@ -36,6 +36,7 @@ def _knob(
     at_least: float | None = None,
     below: float | None = None,
     positive: bool = False,
+    counts_in_k: bool = False,
     changes_weights: bool = False,
 ) -> Any:
     """A field with its help text, its bounds, and whether another value gives other weights."""
@@ -46,6 +47,7 @@ def _knob(
         "at_least": at_least,
         "below": below,
         "positive": positive,
+        "counts_in_k": counts_in_k,
         "changes_weights": changes_weights,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,23 +69,60 @@ class Config:
     )
     batch_size: int = _knob(
         "recipe",
-        "images per process and iteration (n); the minibatch is kn",
+        "images per worker and iteration (n): batch norm sees so many; the minibatch is kn",
         short="-b",
         at_least=1,
         changes_weights=True,
     )
+    minibatch: int | None = _knob(
+        "recipe",
+        "images per iteration over all workers (kn), a multiple of n; 8k is 8192 (default: n times "
+        "the number of processes)",
+        default=None,
+        at_least=1,
+        counts_in_k=True,
+    )
+    virtual_workers: int | None = _knob(
+        "recipe",
+        "logical workers (k), each with batch norm over n images of its own; a process takes "
+        "several in turn where there are fewer processes (default: kn / n)",
+        default=None,
+        at_least=1,
+        counts_in_k=True,
+    )
+    drop_last: bool = _knob(
+        "recipe",
+        "leave out the images of an epoch that do not fill a minibatch; otherwise the last one is "
+        "smaller and normalised by its true size",
+        default=True,
+        changes_weights=True,
+    )
     lr: float = _knob(
         "recipe",
-        "learning rate at the reference minibatch; the peak is lr * kn / reference-minibatch",
+        "learning rate at the reference minibatch; --lr-rule makes the peak from it",
         positive=True,
         changes_weights=True,
     )
     reference_minibatch: int = _knob(
         "recipe", "minibatch for which --lr was tuned", at_least=1, changes_weights=True
     )
+    lr_rule: Literal["linear", "sqrt", "fixed"] = _knob(
+        "recipe",
+        "peak of the learning rate for r = kn / reference-minibatch. linear: lr * r (the paper's); "
+        "for comparison sqrt: lr * sqrt(r), and fixed: lr",
+        default="linear",
+        changes_weights=True,
+    )
+    warmup: Literal["gradual", "constant", "none"] = _knob(
+        "recipe",
+        "way from the reference rate to a higher peak. gradual: by equal steps; constant: at "
+        "once, at the end of the warmup; none: begin with the peak",
+        default="gradual",
+        changes_weights=True,
+    )
     warmup_epochs: float = _knob(
         "recipe",
-        "length of the gradual warmup, used only when kn is above the reference minibatch",
+        "length of the warmup, used only when the peak is above the reference rate",
         at_least=0,
         changes_weights=True,
     )
@@ -92,9 +131,8 @@ class Config:
         "where the learning rate is divided by 10, as fractions of the epochs",
         changes_weights=True,
     )
-    momentum: float = _knob(
-        "recipe", "Nesterov momentum", at_least=0, below=1, changes_weights=True
-    )
+    momentum: float = _knob("recipe", "momentum", at_least=0, below=1, changes_weights=True)
+    nesterov: bool = _knob("recipe", "Nesterov momentum", default=True, changes_weights=True)
     weight_decay: float = _knob(
         "recipe",
         "weight decay, not applied to batch-norm gamma and beta",
@@ -103,9 +141,42 @@ class Config:
     )
     momentum_form: Literal["reference", "absorbed"] = _knob(
         "recipe",
-        "reference: u = m u + g, w -= lr u; absorbed: v = m v + lr g, w -= v, with the "
-        "correction factor",
+        "reference: u = m u + g, w -= lr u; absorbed: v = m v + lr g, w -= v",
         default="reference",
+        changes_weights=True,
+    )
+    momentum_correction: bool = _knob(
+        "recipe",
+        "in the absorbed form, rescale v whenever the learning rate changes; without, the paper's "
+        "pitfall",
+        default=True,
+        changes_weights=True,
+    )
+    zero_gamma: bool = _knob(
+        "recipe",
+        "begin with gamma 0 in the last batch norm of every residual block",
+        default=True,
+        changes_weights=True,
+    )
+    bn_statistics: Literal["worker0", "recomputed"] = _knob(
+        "recipe",
+        "what evaluation normalises by. worker0: the running averages of worker 0; recomputed: "
+        "averages over --bn-images training images under the present weights",
+        default="worker0",
+    )
+    bn_images: int = _knob(
+        "recipe",
+        "training images for --bn-statistics recomputed, n at a time",
+        default=8192,
+        at_least=1,
+        counts_in_k=True,
+    )
+    label_smoothing: float = _knob(
+        "recipe",
+        "label smoothing of the training loss (none in the paper)",
+        default=0.0,
+        at_least=0,
+        below=1,
         changes_weights=True,
     )
     seed: int = _knob(
@@ -277,14 +348,14 @@ def _parser(command: str, preset: str, values: dict[str, Any]) -> Parser:
             *names,
             dest=field.name,
             help=f"{meta['text']} (default: {_show(used)})".replace("%", "%%"),
-            **_argument(types[field.name]),
+            **_argument(types[field.name], meta["counts_in_k"]),
         )
     # Old launchers append it; the launcher's environment says the same.
     parser.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
 
-def _argument(annotation: Any) -> dict[str, Any]:
+def _argument(annotation: Any, counts_in_k: bool) -> dict[str, Any]:
     """How argparse reads a field of this type."""
     options = [a for a in typing.get_args(annotation) if a is not type(None)]
     if annotation is bool:
@@ -294,6 +365,8 @@ def _argument(annotation: Any) -> dict[str, Any]:
     if typing.get_origin(annotation) is tuple:
         return {"type": _fractions, "metavar": "A,B,..."}
     kind = options[0] if options else annotation
+    if counts_in_k:
+        return {"type": _count, "metavar": "N|Nk"}
     reader = {int: _integer, float: _number, str: str}[kind]
     return {"type": reader, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
 
@@ -303,6 +376,16 @@ def _integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"given {text!r}, accepted: an integer") from None
+
+
+def _count(text: str) -> int:
+    """The paper's "8k" is 8 * 1024."""
+    try:
+        return int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"given {text!r}, accepted: an integer, or one with k for 1024 such as 8k"
+        ) from None
 
 
 def _number(text: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,19 +76,23 @@ def load(name: str) -> Dataset:
     return DATASETS[name]()
 
 
-def steps_per_epoch(num_images: int, minibatch: int) -> int:
-    """Whole minibatches of kn images in one epoch; the rest is left out, as in Caffe2's trainer."""
+def steps_per_epoch(num_images: int, minibatch: int, drop_last: bool = True) -> int:
+    """Minibatches of kn images in one epoch.
+
+    The rest of the images is left out, as in Caffe2's trainer, or makes a smaller last minibatch.
+    """
     if minibatch > num_images:
         raise UsageError(
-            f"--batch-size: the minibatch over all processes has {minibatch} images, "
-            f"accepted: at most the {num_images} training images; lower --batch-size or "
-            "the number of processes"
+            f"--batch-size: the minibatch over all workers has {minibatch} images, "
+            f"accepted: at most the {num_images} training images; lower --batch-size, "
+            "--minibatch or the number of processes"
         )
-    return num_images // minibatch
+    whole, rest = divmod(num_images, minibatch)
+    return whole if drop_last or not rest else whole + 1
 
 
 def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The epoch's order of all images: every rank derives the same one from (seed, epoch) alone.
+    """The epoch's order of all images: every worker derives the same one from (seed, epoch) alone.
 
     A counter-based generator: an epoch needs no state of the one before, so resuming cannot shift
     it.
@@ -97,22 +101,35 @@ def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.random.Generator(bits).permutation(num_images)
 
 
-def part(order: np.ndarray, step: int, minibatch: int, rank: int, size: int) -> np.ndarray:
-    """Ids of the images that `rank` of `size` sees in iteration `step` of the epoch.
+def part(order: np.ndarray, step: int, minibatch: int, worker: int, k: int) -> np.ndarray:
+    """Ids of the images that `worker` of `k` sees in iteration `step` of the epoch.
 
     Interleaved inside the minibatch: for a given kn the minibatch is the same set whatever k is.
+    A smaller last minibatch goes to as few workers as can take it, so that batch norm keeps as many
+    samples as it can; the others' parts are empty.
     """
-    return order[step * minibatch : (step + 1) * minibatch][rank::size]
+    ids = order[step * minibatch : (step + 1) * minibatch]
+    needed = -(-len(ids) * k // minibatch)
+    return ids[worker::needed] if worker < needed else ids[:0]
 
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def batches(
-    images: Images, *, seed: int, epoch: int, rank: int, size: int, batch_size: int, steps: range
+    images: Images,
+    *,
+    seed: int,
+    epoch: int,
+    workers: Sequence[int],
+    k: int,
+    batch_size: int,
+    steps: range,
 ) -> Batches:
-    """This rank's (pixels, labels) in those iterations of the epoch."""
+    """(pixels, labels) of each of this process's logical workers, of k in all, in turn, in each of
+    those iterations of the epoch. At most `batch_size` images; none for an empty part."""
     order = permutation(seed, epoch, len(images))
     for step in steps:
-        ids = torch.from_numpy(part(order, step, batch_size * size, rank, size))
-        yield images.pixels[ids], images.labels[ids]
+        for worker in workers:
+            ids = torch.from_numpy(part(order, step, batch_size * k, worker, k))
+            yield images.pixels[ids], images.labels[ids]

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import pyallreduce as par
 from train import checkpoint, data, models, recipe, rundir
 from train.config import Config
 from train.evaluate import Evaluator
 from train.metrics import Meter
+from train.workers import Minibatch, minibatches
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`steps` iterations make an epoch; the job ends after iteration `last`."""
+    """`k` logical workers; `steps` iterations make an epoch; the job ends after iteration `last`."""
 
     cfg: Config
     comm: par.Communicator
     dataset: data.Dataset
+    k: int
     steps: int
     last: int
     schedule: recipe.Schedule
@@ -29,18 +34,46 @@ class Job:
     meter: Meter
     run: rundir.Run
 
-    def batches(self, epoch: int) -> data.Batches:
-        """This rank's share of the epoch, from the iteration that the state has reached to `last`."""
+    @property
+    def minibatch(self) -> int:
+        """kn, the images of an iteration over all workers."""
+        return self.k * self.cfg.batch_size
+
+    @property
+    def workers(self) -> range:
+        """The logical workers of this process; worker 0 is the first of rank 0."""
+        return range(self.comm.rank, self.k, self.comm.size)
+
+    def minibatches(self, epoch: int) -> Iterator[Minibatch]:
+        """The iterations of the epoch, from the one that the state has reached to `last`."""
         first = self.state.step - epoch * self.steps
+        steps = range(first, min(self.steps, first + self.last - self.state.step))
+        images = len(self.dataset.train)
+        totals = (min(self.minibatch, images - step * self.minibatch) for step in steps)
+        batches = self.meter.timed(self.batches(epoch, self.workers, steps))
+        return minibatches(totals, batches, self.workers, self.state.model, self.aggregator)
+
+    def batches(self, epoch: int, workers: range, steps: range) -> data.Batches:
         return data.batches(
             self.dataset.train,
             seed=self.cfg.seed,
             epoch=epoch,
-            rank=self.comm.rank,
-            size=self.comm.size,
+            workers=workers,
+            k=self.k,
             batch_size=self.cfg.batch_size,
-            steps=range(first, min(self.steps, first + self.last - self.state.step)),
+            steps=steps,
         )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the images, to be divided by their number over all workers."""
+        return cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=self.cfg.label_smoothing
+        )
+
+    def end_iteration(self) -> None:
+        """After the update. Whatever has to happen between two iterations belongs here."""
+        self.state.step += 1
+        self.meter.end_iteration()
 
     def save(self) -> None:
         """Collective: write the checkpoint."""
@@ -50,12 +83,12 @@ class Job:
 
     @property
     def identity(self) -> dict[str, object]:
-        return identity(self.cfg, self.comm)
+        return identity(self.cfg, self.comm, self.k)
 
 
-def identity(cfg: Config, comm: par.Communicator) -> dict[str, object]:
+def identity(cfg: Config, comm: par.Communicator, k: int) -> dict[str, object]:
     """What must be equal for a checkpoint to continue to the same bits."""
-    return {"world size": comm.size, "preset": cfg.preset, **cfg.recipe()}
+    return {"world size": comm.size, "workers": k, "preset": cfg.preset, **cfg.recipe()}
 
 
 def prepare(cfg: Config, comm: par.Communicator) -> Job:
@@ -65,20 +98,26 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
     is on the disk before all of that is known.
     """
     dataset = data.load(cfg.dataset)
-    steps = data.steps_per_epoch(len(dataset.train), cfg.batch_size * comm.size)
+    k = recipe.number_of_workers(
+        cfg.batch_size, cfg.minibatch, cfg.virtual_workers, processes=comm.size
+    )
+    minibatch = k * cfg.batch_size
+    steps = data.steps_per_epoch(len(dataset.train), minibatch, cfg.drop_last)
     schedule = recipe.make_schedule(
-        minibatch=cfg.batch_size * comm.size,
+        minibatch=minibatch,
         steps_per_epoch=steps,
         epochs=cfg.epochs,
         reference_lr=cfg.lr,
         reference_minibatch=cfg.reference_minibatch,
         warmup_epochs=cfg.warmup_epochs,
         drops=cfg.drops,
+        lr_rule=cfg.lr_rule,
+        warmup=cfg.warmup,
     )
     torch.manual_seed(cfg.seed)
-    model = models.build(cfg.model, dataset.num_classes)
+    model = models.build(cfg.model, dataset.num_classes, cfg.zero_gamma)
     resume_from, resuming = rundir.find_checkpoint(cfg, comm)
-    content = checkpoint.load(resume_from, identity(cfg, comm), comm) if resuming else None
+    content = checkpoint.load(resume_from, identity(cfg, comm, k), comm) if resuming else None
     run = rundir.open_run(cfg, comm, resume_from)
 
     evaluate = Evaluator(model, comm, dataset.test)
@@ -86,8 +125,9 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         recipe.parameter_groups(model, cfg.weight_decay),
         lr=schedule(0),
         momentum=cfg.momentum,
-        nesterov=True,
+        nesterov=cfg.nesterov,
         form=cfg.momentum_form,
+        correction=cfg.momentum_correction,
     )
     aggregator = par.GradientAggregator(
         model,
@@ -104,12 +144,13 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         cfg=cfg,
         comm=comm,
         dataset=dataset,
+        k=k,
         steps=steps,
         last=min(schedule.total, cfg.max_steps or schedule.total),
         schedule=schedule,
         state=state,
         aggregator=aggregator,
         evaluate=evaluate,
-        meter=Meter(comm, aggregator, cfg.batch_size),
+        meter=Meter(comm, aggregator, minibatch),
         run=run,
     )

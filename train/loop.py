@@ -5,10 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 import pyallreduce as par
 from train.config import Config
+from train.evaluate import Evaluation
 from train.job import prepare
 from train.recipe import set_lr
 from train.runlog import RunLog
@@ -22,25 +21,25 @@ def train(cfg: Config, comm: par.Communicator) -> dict[str, Any]:
     """
     job = prepare(cfg, comm)
     state, model, optimizer = job.state, job.state.model, job.state.optimizer
-    evaluation = job.evaluate(model)
+    evaluation: Evaluation | None = None
     with closing(job.aggregator), closing(RunLog(job)) as log:
         while state.step < job.last:
             epoch = state.step // job.steps
             model.train()
-            for images, labels in job.meter.timed(job.batches(epoch)):
+            for minibatch in job.minibatches(epoch):  # kn images over all workers
                 lr = set_lr(optimizer, job.schedule, state.step)
-                logits = model(images)
-                loss = cross_entropy(logits, labels) / comm.size  # 1/(kn) in all: Remark 3
-                loss.backward()  # buckets are summed over the workers as they fill
+                for images, labels in minibatch:  # one worker's n: several only if virtual
+                    logits = model(images)
+                    loss = job.loss(logits, labels) / minibatch.total  # 1/(kn) in all: Remark 3
+                    loss.backward()  # buckets are summed over the workers as they fill
+                    job.meter.add(loss, logits, labels, minibatch.total)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)  # gradients stay in their buckets
-                state.step += 1
-
-                job.meter.add(loss, logits, labels)
+                job.end_iteration()
                 log.iteration(lr)
 
             training, evaluation = job.meter.end_epoch(), job.evaluate(model)
             state.errors[epoch] = evaluation.error
             log.epoch(epoch, lr, training, evaluation)
             job.save()
-        return log.finish(evaluation)
+        return log.finish(evaluation or job.evaluate(model))

@@ -86,42 +86,52 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Meter:
     """Adds up one rank's iterations; nothing here communicates except `end_epoch`."""
 
-    def __init__(self, comm: par.Communicator, aggregator: par.GradientAggregator, batch_size: int):
+    def __init__(self, comm: par.Communicator, aggregator: par.GradientAggregator, minibatch: int):
         self._comm = comm
         self._aggregator = aggregator
-        self._minibatch = batch_size * comm.size
+        self._minibatch = minibatch
         self._data_s: deque[float] = deque(maxlen=KEPT_REPORTS)
         self._step_s: deque[float] = deque(maxlen=KEPT_REPORTS)
-        self._got_batch = 0.0
         self.reports: deque[dict[str, Any]] = deque(maxlen=KEPT_REPORTS)
         self.steps = 0
         self._started = time.perf_counter()
-        self._reset()
+        self._began_s: float | None = None  # the iteration, by asking for its first images
+        self._waited_s = 0.0
+        self._sums = _no_images()  # of the epoch
+        self._latest = _no_images()  # of the iteration
 
     def timed(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, with the time spent waiting for each of them taken."""
         source = iter(batches)
         while True:
             asked = time.perf_counter()
+            if self._began_s is None:
+                self._began_s = asked
             batch = next(source, None)
             if batch is None:
                 return
-            self._got_batch = time.perf_counter()
-            self._data_s.append(self._got_batch - asked)
+            self._waited_s += time.perf_counter() - asked
             yield batch
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """After the update: `loss` is the local mean divided by k, as it was differentiated."""
-        self._step_s.append(time.perf_counter() - self._got_batch)
-        self.steps += 1
-        self._loss = loss.detach()
-        self._sums += torch.stack(
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, total: int) -> None:
+        """After a backward: `loss` is the sum over the labels divided by `total`, as differentiated."""
+        self._latest += torch.stack(
             [
-                self._loss.double() * (self._comm.size * len(labels)),
+                loss.detach().double() * total,
                 (logits.detach().argmax(1) != labels).sum().double(),
                 torch.tensor(len(labels), dtype=torch.float64),
             ]
         )
+
+    def end_iteration(self) -> None:
+        """After the update."""
+        assert self._began_s is not None
+        self._data_s.append(self._waited_s)
+        self._step_s.append(time.perf_counter() - self._began_s - self._waited_s)
+        self._began_s, self._waited_s = None, 0.0
+        self.steps += 1
+        self._sums += self._latest
+        self._loss, self._latest = self._latest, _no_images()
         if self._comm.rank == 0:
             self.reports.append(self._aggregator.report())
 
@@ -129,7 +139,7 @@ class Meter:
         """Collective: mean loss, error in percent, number of images of the epoch, over all ranks."""
         self._comm.all_reduce(self._sums, op="sum")
         loss, wrong, images = self._sums.tolist()
-        self._reset()
+        self._sums = _no_images()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 "the training loss is not finite: lower --lr, or make the warmup "
@@ -142,12 +152,12 @@ class Meter:
         }
 
     def recent(self) -> dict[str, Any]:
-        """Numbers of a log line: worker 0's loss, and speeds over the last `WINDOW` iterations."""
+        """Numbers of a log line: rank 0's loss, and speeds over the last `WINDOW` iterations."""
         steps, waits = list(self._step_s)[-WINDOW:], list(self._data_s)[-WINDOW:]
         reports = list(self.reports)[-WINDOW:]
         busy, total = sum(steps), sum(steps) + sum(waits)
         return {
-            "loss": self._loss.item() * self._comm.size,
+            "loss": (self._loss[0] / self._loss[2]).item(),
             "loss_mean": (self._sums[0] / self._sums[2]).item(),
             "images_per_s": self._minibatch * len(steps) / total,
             "compute_images_per_s": self._minibatch * len(steps) / busy,
@@ -191,8 +201,10 @@ class Meter:
             "images_per_s_end_to_end": self._minibatch * self.steps / elapsed,
         }
 
-    def _reset(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)  # loss, wrong, images
+
+def _no_images() -> Tensor:
+    """Loss, number of wrong answers, number of images: sums."""
+    return torch.zeros(3, dtype=torch.float64)
 
 
 def _steady(values: Iterable[Any]) -> list[Any]:

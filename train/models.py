@@ -52,12 +52,12 @@ class DigitsResNet(nn.Module):
 MODELS: dict[str, Callable[[int], nn.Module]] = {"digits-resnet": DigitsResNet}
 
 
-def build(name: str, num_classes: int) -> nn.Module:
+def build(name: str, num_classes: int, zero_gamma: bool = True) -> nn.Module:
     """A freshly initialised network, by torch's global generator. UsageError for an unknown name."""
     if name not in MODELS:
         raise UsageError(
             f"--model: given {name!r}, accepted: {', '.join(sorted(MODELS))}; choose one of these"
         )
     model = MODELS[name](num_classes)
-    initialise(model)
+    initialise(model, zero_gamma)
     return model

@@ -28,7 +28,8 @@ class RunLog:
         self._metrics = MetricsFile(self._run.path and self._run.file(METRICS), job.state.step)
         derived = {
             "processes": job.comm.size,
-            "minibatch": job.cfg.batch_size * job.comm.size,
+            "workers": job.k,
+            "minibatch": job.minibatch,
             "iterations_per_epoch": job.steps,
             "schedule": dataclasses.asdict(job.schedule),
         }
@@ -126,20 +127,22 @@ class RunLog:
     def _header(self) -> list[str]:
         job = self._job
         cfg, comm, schedule = job.cfg, job.comm, job.schedule
-        ramp = (
-            f"{schedule.start:g} -> {schedule.peak:g} over {schedule.warmup} iterations"
-            if schedule.warmup
-            else f"{schedule.peak:g}, no warmup (minibatch not above the reference)"
-        )
+        if schedule.warmup:
+            way = "over" if schedule.gradual else "at once after"
+            rate = f"{schedule.start:g} -> {schedule.peak:g} {way} {schedule.warmup} iterations"
+        else:
+            rate = f"{schedule.peak:g}, no warmup"
         drops = ", ".join(str(d // job.steps) for d in schedule.drops) or "none"
         parameters = sum(p.numel() for p in job.state.model.parameters())
         lines = [
             f"train      {cfg.preset}: {cfg.model}, {parameters:,} parameters; "
             f"{_count(comm.size, 'process', 'processes')} on {_count(comm.num_nodes, 'host')}, "
             f"{_count(_cores(), 'core')}, {_count(torch.get_num_threads(), 'thread')} each",
-            f"recipe     minibatch {comm.size} x {cfg.batch_size} = {comm.size * cfg.batch_size} "
-            f"(reference {cfg.reference_minibatch}), {job.steps} iterations per epoch",
-            f"           learning rate {ramp}; x0.1 at epochs {drops} of {cfg.epochs}",
+            f"recipe     minibatch {job.k} x {cfg.batch_size} = {job.minibatch} "
+            f"(reference {cfg.reference_minibatch}), {job.steps} iterations per epoch"
+            + (f"; {job.k} virtual workers" if job.k > comm.size else ""),
+            f"           learning rate {rate} ({cfg.lr_rule} rule); x0.1 at epochs {drops} of "
+            f"{cfg.epochs}",
             f"evaluation every held-out image once, under {STATISTICS}",
             f"run        {self._run.path}",
         ]
