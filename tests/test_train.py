@@ -28,7 +28,7 @@ from train.__main__ import main
 from train.config import Config, load_preset, parse
 from train.evaluate import Evaluator
 from train.job import Job, prepare
-from train.metrics import MetricsFile, read_metrics
+from train.metrics import SPLIT, MetricsFile, read_metrics
 
 # 4 iterations per epoch; the ramp lasts the first epoch, so a stop in iteration 3 lies inside both.
 SMALL = ("--batch-size", "178", "--lr", "0.005", "--momentum-form", "absorbed", "--print-freq", "2")
@@ -111,6 +111,46 @@ def test_metrics_have_a_line_per_interval_epoch_and_run(runs):
     assert [r["train_images"] for r in records if r["kind"] == "epoch"] == [4 * 356] * 2
     clock = [r["wall_s"] for r in records]
     assert clock == sorted(clock)
+
+
+def test_parts_of_an_iteration_add_up(runs):
+    """On rank 0 between log lines, and on every rank by epoch."""
+    records = read_metrics(runs.output / "straight" / "metrics.jsonl")
+    for step in (r for r in records if r["kind"] == "step"):
+        total_ms = 1e3 * 356 / step["images_per_s"]
+        assert sum(step[part] for part in SPLIT) == pytest.approx(total_ms, rel=1e-9)
+        assert min(step[part] for part in SPLIT) >= 0
+        assert step["comm_exposed_percent"] == pytest.approx(
+            100 * step["comm_exposed_ms"] / total_ms
+        )
+        assert step["comm_exposed_ms"] == pytest.approx(
+            (1 - step["overlap_ratio"]) * step["comm_busy_ms"]
+        )
+        assert len(step["skew_ms"]) == 2
+    for epoch in (r for r in records if r["kind"] == "epoch"):
+        mean_ms = 1e3 * epoch["train_s"] / 4
+        assert sum(epoch["per_rank"][part][0] for part in SPLIT) == pytest.approx(mean_ms, rel=1e-3)
+        assert all(len(column) == 2 for column in epoch["per_rank"].values())
+        assert epoch["images_per_s"] == pytest.approx(4 * 356 / epoch["train_s"])
+
+
+def test_gradient_norm_is_logged_where_it_is_measured(tmp_path, runs):
+    straight = read_metrics(runs.output / "straight" / "metrics.jsonl")
+    assert {r["grad_norm"] for r in straight if r["kind"] == "step"} == {None}
+    train(tmp_path, *SMALL, "--max-steps", "2", "--max-norm", "1e9")
+    (step,) = (
+        r for r in read_metrics(tmp_path / "digits" / "metrics.jsonl") if r["kind"] == "step"
+    )
+    assert step["grad_norm"] > 0
+    assert step["nonfinite"] is None
+
+
+def test_metrics_are_json_also_when_the_loss_is_not_finite(tmp_path):
+    log = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    log.write("step", step=1, loss=float("nan"), skew_ms=[float("inf"), 1.0])
+    log.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (record["loss"], record["skew_ms"]) == (None, [None, 1.0])
 
 
 def test_warmup_starts_at_the_reference_rate_and_arrives_at_the_scaled_one(runs):

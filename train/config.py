@@ -179,6 +179,14 @@ class Config:
         below=1,
         changes_weights=True,
     )
+    max_norm: float | None = _knob(
+        "recipe",
+        "clip gradients to this global norm; their norm is then in metrics.jsonl (the paper does "
+        "not clip)",
+        default=None,
+        positive=True,
+        changes_weights=True,
+    )
     seed: int = _knob(
         "recipe",
         "seed of the initialisation and of the permutations",

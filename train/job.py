@@ -136,6 +136,7 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         bucket_bytes=cfg.bucket_kib << 10,
         optimizer=optimizer,
         update=cfg.update,
+        max_norm=cfg.max_norm,
     )
     state = checkpoint.TrainState(model, optimizer)
     if content:  # after the aggregator, which gives every rank the buffers of rank 0

@@ -5,6 +5,7 @@ Throughput, overlap and exposed time are defined once for the project; here they
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ WARMUP_ITERATIONS = 20
 # The speed on a log line is that of so many iterations: fewer jitter, more hide a change.
 WINDOW = 20
 # About 3 KB each; a run longer than this keeps its newest.
-KEPT_REPORTS = 512
+KEPT_ITERATIONS = 512
+# The parts of an iteration; they add up to it.
+SPLIT = ("compute_ms", "comm_exposed_ms", "data_wait_ms", "other_ms")
 
 
 class MetricsFile:
@@ -62,12 +65,21 @@ class MetricsFile:
     def write(self, kind: str, **values: Any) -> None:
         if self._file:
             record = {"schema": SCHEMA, "kind": kind, "wall_s": round(self.wall_s, 4), **values}
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """None for inf and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -83,6 +95,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """From asking for the first images to the end of the update: waiting for the loader, and not."""
+
+    wait_s: float
+    busy_s: float
+    report: dict[str, Any]  # of the aggregator
+
+    @property
+    def total_s(self) -> float:
+        return self.wait_s + self.busy_s
+
+
 class Meter:
     """Adds up one rank's iterations; nothing here communicates except `end_epoch`."""
 
@@ -90,10 +115,10 @@ class Meter:
         self._comm = comm
         self._aggregator = aggregator
         self._minibatch = minibatch
-        self._data_s: deque[float] = deque(maxlen=KEPT_REPORTS)
-        self._step_s: deque[float] = deque(maxlen=KEPT_REPORTS)
-        self.reports: deque[dict[str, Any]] = deque(maxlen=KEPT_REPORTS)
+        self._kept: deque[Iteration] = deque(maxlen=KEPT_ITERATIONS)
         self.steps = 0
+        self._epoch_steps = 0
+        self._epoch_s = 0.0
         self._started = time.perf_counter()
         self._began_s: float | None = None  # the iteration, by asking for its first images
         self._waited_s = 0.0
@@ -126,20 +151,25 @@ class Meter:
     def end_iteration(self) -> None:
         """After the update."""
         assert self._began_s is not None
-        self._data_s.append(self._waited_s)
-        self._step_s.append(time.perf_counter() - self._began_s - self._waited_s)
+        total_s = time.perf_counter() - self._began_s
+        report = self._aggregator.report()
+        self._kept.append(Iteration(self._waited_s, total_s - self._waited_s, report))
         self._began_s, self._waited_s = None, 0.0
         self.steps += 1
+        self._epoch_steps += 1
+        self._epoch_s += total_s
         self._sums += self._latest
         self._loss, self._latest = self._latest, _no_images()
-        if self._comm.rank == 0:
-            self.reports.append(self._aggregator.report())
 
-    def end_epoch(self) -> dict[str, float]:
-        """Collective: mean loss, error in percent, number of images of the epoch, over all ranks."""
+    def end_epoch(self) -> dict[str, Any]:
+        """Collective: mean loss, error in percent, number of images of the epoch, over all ranks.
+
+        With the speed of its iterations, and on which parts every rank spent them.
+        """
         self._comm.all_reduce(self._sums, op="sum")
         loss, wrong, images = self._sums.tolist()
-        self._sums = _no_images()
+        per_rank, train_s = self._all_ranks(self._newest(self._epoch_steps)), self._epoch_s
+        self._sums, self._epoch_steps, self._epoch_s = _no_images(), 0, 0.0
         if not math.isfinite(loss):
             raise FloatingPointError(
                 "the training loss is not finite: lower --lr, or make the warmup "
@@ -149,65 +179,118 @@ class Meter:
             "train_loss": loss / images,
             "train_error": 100.0 * wrong / images,
             "train_images": int(images),
+            "train_s": train_s,
+            "images_per_s": images / train_s,
+            "per_rank": per_rank,
         }
 
     def recent(self) -> dict[str, Any]:
-        """Numbers of a log line: rank 0's loss, and speeds over the last `WINDOW` iterations."""
-        steps, waits = list(self._step_s)[-WINDOW:], list(self._data_s)[-WINDOW:]
-        reports = list(self.reports)[-WINDOW:]
-        busy, total = sum(steps), sum(steps) + sum(waits)
+        """Numbers of a log line: rank 0's loss, and means over the last `WINDOW` iterations.
+
+        Percentages are of whole iterations, waiting for the loader included. `skew_ms` [r] is how
+        long rank r waited for the last one. `grad_norm` is the last iteration's, `nonfinite` the
+        first of the window; both are None unless the library looked.
+        """
+        window = self._newest(WINDOW)
+        total, busy = sum(i.total_s for i in window), sum(i.busy_s for i in window)
         return {
             "loss": (self._loss[0] / self._loss[2]).item(),
             "loss_mean": (self._sums[0] / self._sums[2]).item(),
-            "images_per_s": self._minibatch * len(steps) / total,
-            "compute_images_per_s": self._minibatch * len(steps) / busy,
-            "data_wait_percent": 100.0 * sum(waits) / total,
-            "comm_exposed_percent": (
-                100.0
-                * sum(r["exposed_comm_s"] for r in reports)
-                / max(sum(r["window_s"] for r in reports), 1e-9)
-            ),
+            "images_per_s": self._minibatch * len(window) / total,
+            "images_per_s_mean": self._minibatch * self._epoch_steps / self._epoch_s,
+            "compute_images_per_s": self._minibatch * len(window) / busy,
+            "data_wait_percent": 100.0 * sum(i.wait_s for i in window) / total,
+            "comm_exposed_percent": 100.0 * _sum(window, "exposed_comm_s") / total,
+            **parts(window),
+            "comm_busy_ms": 1e3 * _sum(window, "comm_busy_s") / len(window),
+            "overlap_ratio": overlap_ratio(window),
+            "skew_ms": _skew_ms(window),
+            "grad_norm": window[-1].report["grad_norm"],
+            "nonfinite": next((f for i in window if (f := i.report["nonfinite"])), None),
             "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
 
-    def median_step_s(self) -> float:
-        return statistics.median(_steady(self._step_s))
+    def median_iteration_s(self) -> float:
+        return statistics.median(i.total_s for i in self._steady())
 
     def communication(self) -> dict[str, Any]:
         """Medians over the steady iterations; overlap is None where nothing was communicated."""
-        reports = _steady(self.reports)
-        # A single process runs the same path with nobody at the other end: nothing to hide.
-        ratios = [r["overlap_ratio"] for r in reports if r["overlap_ratio"] is not None]
-        ratios = ratios if self._comm.size > 1 else []
-        exposed = sorted(1e3 * r["exposed_comm_s"] for r in reports)
+        steady = [i.report for i in self._steady()]
+        ratios = [r["overlap_ratio"] for r in steady if r["overlap_ratio"] is not None]
+        exposed = sorted(1e3 * r["exposed_comm_s"] for r in steady)
         return {
-            "iterations": len(reports),
+            "iterations": len(steady),
             "overlap_ratio": statistics.median(ratios) if ratios else None,
             "exposed_ms": statistics.median(exposed) if ratios else None,
+            "exposed_ms_p10": exposed[len(exposed) // 10] if ratios else None,
             "exposed_ms_p90": exposed[(9 * len(exposed)) // 10] if ratios else None,
-            "busy_ms": statistics.median(1e3 * r["comm_busy_s"] for r in reports),
+            "busy_ms": statistics.median(1e3 * r["comm_busy_s"] for r in steady),
         }
 
     def typical_report(self) -> dict[str, Any]:
         """The iteration of median length: the one to draw."""
-        reports = sorted(_steady(self.reports), key=lambda r: r["window_s"])
+        reports = sorted((i.report for i in self._steady()), key=lambda r: r["window_s"])
         return reports[len(reports) // 2]
 
     def throughput(self) -> dict[str, float]:
         """Images/s in the median iteration, and end to end: evaluation and checkpoints included."""
         elapsed = time.perf_counter() - self._started
         return {
-            "images_per_s": self._minibatch / self.median_step_s(),
+            "images_per_s": self._minibatch / self.median_iteration_s(),
             "images_per_s_end_to_end": self._minibatch * self.steps / elapsed,
         }
+
+    def _newest(self, count: int) -> list[Iteration]:
+        return list(self._kept)[-count:]
+
+    def _steady(self) -> list[Iteration]:
+        """Without the first iterations, or without the first half where there are few."""
+        kept = list(self._kept)
+        return kept[min(WARMUP_ITERATIONS, len(kept) // 2) :]
+
+    def _all_ranks(self, iterations: Sequence[Iteration]) -> dict[str, list[float | None]]:
+        """Collective: by rank, `parts` and the overlap ratio."""
+        ratio = overlap_ratio(iterations)
+        values = {**parts(iterations), "overlap_ratio": math.nan if ratio is None else ratio}
+        mine = torch.tensor(list(values.values()), dtype=torch.float64)
+        everyone = torch.empty(self._comm.size * len(mine), dtype=torch.float64)
+        self._comm.all_gather(everyone, mine)
+        columns = everyone.view(self._comm.size, len(mine)).T.tolist()
+        return {
+            name: [None if math.isnan(value) else round(value, 4) for value in column]
+            for name, column in zip(values, columns, strict=True)
+        }
+
+
+def parts(iterations: Sequence[Iteration]) -> dict[str, float]:
+    """Where the mean iteration goes, in milliseconds that add up to it.
+
+    Computing, communication that no computation hid, waiting for the loader, and the rest.
+    """
+    compute, exposed = _sum(iterations, "compute_s"), _sum(iterations, "exposed_comm_s")
+    wait = sum(i.wait_s for i in iterations)
+    rest = sum(i.total_s for i in iterations) - compute - exposed - wait
+    means = (1e3 * seconds / len(iterations) for seconds in (compute, exposed, wait, rest))
+    return dict(zip(SPLIT, means, strict=True))
+
+
+def overlap_ratio(iterations: Sequence[Iteration]) -> float | None:
+    """The share of communication that computation hid; None where nothing was communicated."""
+    if all(i.report["overlap_ratio"] is None for i in iterations):
+        return None
+    return 1.0 - _sum(iterations, "exposed_comm_s") / _sum(iterations, "comm_busy_s")
+
+
+def _sum(iterations: Iterable[Iteration], key: str) -> float:
+    return sum(i.report[key] for i in iterations)
+
+
+def _skew_ms(iterations: Iterable[Iteration]) -> list[float]:
+    """Means by rank; empty where the group does not tell when its ranks came."""
+    rows = [i.report["skew_s"] for i in iterations if i.report["skew_s"]]
+    return [round(1e3 * statistics.fmean(column), 4) for column in zip(*rows, strict=True)]
 
 
 def _no_images() -> Tensor:
     """Loss, number of wrong answers, number of images: sums."""
     return torch.zeros(3, dtype=torch.float64)
-
-
-def _steady(values: Iterable[Any]) -> list[Any]:
-    """Without the first iterations, or without the first half where there are few."""
-    kept = list(values)
-    return kept[min(WARMUP_ITERATIONS, len(kept) // 2) :]

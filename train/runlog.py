@@ -51,7 +51,7 @@ class RunLog:
             return
         epoch, done = divmod(step - 1, job.steps)
         numbers = job.meter.recent()
-        eta_s = (job.last - step) * job.meter.median_step_s()
+        eta_s = (job.last - step) * job.meter.median_iteration_s()
         line = progress.log_line(epoch + 1, job.cfg.epochs, done + 1, job.steps, lr, eta_s, numbers)
         self._progress.advance(step, line)
         self._metrics.write("step", step=step, epoch=epoch, lr=lr, **numbers)
