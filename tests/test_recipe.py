@@ -22,8 +22,9 @@ from torch.nn import functional as nnf
 
 import pyallreduce as par
 from ranks import run_ranks
-from train import data, recipe
-from train.models import BasicBlock, DigitsResNet
+from train import data, models, recipe
+from train.config import Config, load_preset, preset_names
+from train.models import BasicBlock
 
 PAPER_DROPS = (Fraction(1, 3), Fraction(2, 3), Fraction(8, 9))
 STEPS = 200
@@ -57,6 +58,10 @@ class Normed(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(BasicBlock(1, 4, stride=2), nn.Flatten(), nn.Linear(64, 10))
+
+
+def digits_resnet() -> nn.Module:
+    return models.MODELS["digits-resnet"](10)
 
 
 def make(network: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -347,7 +352,7 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def test_gamma_and_beta_do_not_decay():
-    model = make(lambda: DigitsResNet(10), torch.float64)
+    model = make(digits_resnet, torch.float64)
     recipe.initialise(model)
     for parameter in norm_parameters(model):
         nn.init.normal_(parameter)
@@ -360,7 +365,7 @@ def test_gamma_and_beta_do_not_decay():
 
 
 def test_gamma_would_decay_in_one_common_group():
-    model = make(lambda: DigitsResNet(10), torch.float64)
+    model = make(digits_resnet, torch.float64)
     gamma = model.bn1.weight.detach().clone()
     without_gradient([{"params": list(model.parameters()), "weight_decay": 1e-2}])
     assert not torch.equal(model.bn1.weight, gamma)
@@ -393,8 +398,65 @@ def test_resnet50_has_16_zero_gammas(resnet50):
     assert all((gamma == 1).all() for name, gamma in gammas.items() if name not in zero)
 
 
+def test_gamma_can_begin_with_one():
+    model = models.build("resnet18", 10, zero_gamma=False)
+    assert all((m.weight == 1).all() for m in recipe.batch_norms(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet50", 25_557_032), ("resnet101", 44_549_160)]
+)
+def test_the_papers_networks_have_their_stride_on_the_3x3_convolution(name, parameters):
+    with torch.device("meta"):  # counts, draws nothing
+        model = models.MODELS[name](1000)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    halving = [b for b in recipe.residual_blocks(model) if b.conv2.stride == (2, 2)]
+    assert len(halving) == 3
+    assert all(b.conv1.stride == (1, 1) for b in recipe.residual_blocks(model))
+    assert {(m.momentum, m.eps) for m in recipe.batch_norms(model)} == {(0.1, 1e-5)}
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_every_network_answers_with_its_classes(name):
+    with torch.device("meta"):
+        model = models.MODELS[name](7).eval()
+        images = torch.empty(2, model.conv1.in_channels, 32, 32)
+        assert model(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_a_configuration(name):
+    cfg = Config(**load_preset(name))
+    assert cfg.model in models.MODELS
+    assert recipe.LR_RULES[cfg.lr_rule] is recipe.linear_scaled_lr
+    assert (cfg.warmup, cfg.batch_size, cfg.momentum, cfg.weight_decay) == (
+        "gradual",
+        32,
+        0.9,
+        1e-4,
+    )
+    assert cfg.drops == PAPER_DROPS
+    assert cfg.warmup_epochs * 18 == cfg.epochs
+
+
+@pytest.mark.parametrize("name", ["imagenet-resnet50", "imagenet-resnet101"])
+@pytest.mark.parametrize("kn", [256 << i for i in range(9)])
+def test_the_imagenet_presets_are_the_papers(name, kn):
+    cfg = Config(**load_preset(name), minibatch=kn)
+    schedule = recipe.make_schedule(
+        minibatch=kn,
+        steps_per_epoch=1_281_167 // kn,
+        epochs=cfg.epochs,
+        reference_lr=cfg.lr,
+        reference_minibatch=cfg.reference_minibatch,
+        warmup_epochs=cfg.warmup_epochs,
+        drops=cfg.drops,
+    )
+    assert schedule == paper_schedule(kn)[0]
+
+
 def test_frozen_parameters_are_in_no_group():
-    model = DigitsResNet(10)
+    model = digits_resnet()
     model.conv1.requires_grad_(False)
     model.bn1.requires_grad_(False)
     held = {id(p) for g in recipe.parameter_groups(model, DECAY) for p in g["params"]}
@@ -402,9 +464,9 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_blocks_begin_as_their_shortcut():
-    model = make(lambda: DigitsResNet(10), torch.float64)
+    model = make(digits_resnet, torch.float64)
     recipe.initialise(model)
-    identity, projected = model.layer1, model.layer2
+    identity, projected, _ = model.stages
     x = torch.randn(4, 32, 8, 8, dtype=torch.float64)
     assert torch.equal(identity(x), nnf.relu(x))
     assert torch.equal(projected(x), nnf.relu(projected.downsample(x)))
@@ -416,9 +478,9 @@ def test_blocks_begin_as_their_shortcut():
 
 def test_initial_scales():
     torch.manual_seed(0)
-    model = DigitsResNet(10)
+    model = digits_resnet()
     recipe.initialise(model)
-    weight = model.layer3.conv2.weight  # fan-out: 3 * 3 * 128
+    weight = model.stages[2].conv2.weight  # fan-out: 3 * 3 * 128
     assert weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert (model.fc.bias == 0).all()
@@ -545,6 +607,58 @@ def test_schedule_at_8k_has_the_papers_increment():
     schedule, _ = paper_schedule(8192)
     assert schedule(schedule.warmup) == pytest.approx(3.2)
     assert schedule(1) - schedule(0) == pytest.approx(0.00397, abs=1e-5)
+
+
+def at_8k(**values: Any) -> recipe.Schedule:
+    settings = {
+        "minibatch": 8192,
+        "steps_per_epoch": 156,
+        "epochs": 90,
+        "reference_lr": 0.1,
+        "reference_minibatch": 256,
+        "warmup_epochs": 5,
+        "drops": PAPER_DROPS,
+    }
+    return recipe.make_schedule(**{**settings, **values})
+
+
+def test_the_three_warmups_at_8k():
+    """PAPER 1.2; the gradual one is covered above."""
+    none, constant = at_8k(warmup="none"), at_8k(warmup="constant")
+    assert none.warmup == 0
+    assert {none(t) for t in range(30 * 156)} == {0.1 * 8192 / 256}
+    assert {constant(t) for t in range(5 * 156)} == {0.1}
+    assert {constant(t) for t in range(5 * 156, 30 * 156)} == {0.1 * 8192 / 256}
+    for t in (30 * 156, 60 * 156, 80 * 156, 90 * 156 - 1):
+        assert none(t) == constant(t) == at_8k()(t)
+
+
+@pytest.mark.parametrize("warmup", ["gradual", "constant", "none"])
+@pytest.mark.parametrize("kn", [64, 256])
+def test_no_warmup_up_to_the_reference_minibatch(warmup, kn):
+    assert {at_8k(minibatch=kn, warmup=warmup)(t) for t in range(30 * 156)} == {0.1 * kn / 256}
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference_lr", "peak"),
+    [
+        ("linear", 0.1, 3.2),
+        ("linear", 0.05, 1.6),
+        ("linear", 0.2, 6.4),
+        ("fixed", 0.1, 0.1),
+        ("sqrt", 0.1, 0.1 * 32**0.5),
+    ],
+)
+def test_rates_of_table_2a_at_8k(rule, reference_lr, peak):
+    schedule = at_8k(lr_rule=rule, reference_lr=reference_lr)
+    assert schedule.peak == schedule(29 * 156) == pytest.approx(peak)
+    assert schedule(0) == reference_lr
+    assert schedule.warmup == (0 if rule == "fixed" else 5 * 156)
+
+
+@pytest.mark.parametrize("rule", ["linear", "sqrt", "fixed"])
+def test_all_rules_agree_on_the_reference_minibatch(rule):
+    assert at_8k(minibatch=256, lr_rule=rule).peak == 0.1
 
 
 def test_a_wrong_ramp_is_noticed_by_the_loop():

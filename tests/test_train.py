@@ -405,7 +405,7 @@ def test_replicas_that_have_drifted_are_not_saved(tmp_path):
         (["--update", "late"], "given 'late', accepted: step or eager"),
         (["--drops", "1/3,x"], "accepted: fractions separated by commas"),
         (["--drops", "2/3,1/3"], "accepted: increasing fractions"),
-        (["--preset", "mnist"], "--preset: given 'mnist', accepted: digits"),
+        (["--preset", "mnist"], "--preset: given 'mnist', accepted: cifar10, digits, "),
         (["--batchsize", "8"], "did you mean --batch-size?"),
         (["--name", "a/b"], "--name: given 'a/b', accepted: a file name"),
         (["--seed", "-1"], "--seed: given -1, accepted: an integer of at least 0"),

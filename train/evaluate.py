@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.optim.swa_utils import update_bn
 
 import pyallreduce as par
-from train.data import Images
+from train.data import Batches, Images
 
-STATISTICS = "worker 0's running statistics"
+WORKER_0 = "worker 0's running statistics"
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`error` and `accuracy` in percent, `loss` the mean cross-entropy, over `count` images."""
+    """`error` and `accuracy` in percent, `loss` the mean cross-entropy, over `count` images.
+
+    `statistics` names what batch norm normalised by.
+    """
 
     correct: int
     count: int
     loss: float
+    statistics: str
 
     @property
     def accuracy(self) -> float:
@@ -33,12 +39,13 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a copy of the model under worker 0's batch-norm statistics (PAPER 1.5).
+    """Evaluates a copy of the model under one set of batch-norm statistics (PAPER 1.5).
 
     Every worker keeps its own statistics while training, so one set has to be chosen: worker 0's,
-    as in the paper's Caffe2 code. They travel into a copy: evaluating changes nothing that training
-    reads, and does not pass through the hooks of the aggregator. Make it before the aggregator, for
-    that reason.
+    as in the paper's Caffe2 code, or averages over training images under the present weights, which
+    running averages follow late when iterations are few. They go into a copy: evaluating changes
+    nothing that training reads, and does not pass through the hooks of the aggregator. Make it
+    before the aggregator, for that reason.
     """
 
     def __init__(
@@ -52,11 +59,19 @@ class Evaluator:
         self._batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Evaluation:
-        """Collective: every rank calls it and gets the same numbers."""
+    def __call__(self, model: nn.Module, training: Batches | None = None) -> Evaluation:
+        """Collective: every rank calls it and gets the same numbers.
+
+        With batches of `training` images, this rank's share of them, batch norm uses the averages
+        of their means and variances; without, worker 0's running statistics.
+        """
         for mine, theirs in zip(self._copy.parameters(), model.parameters(), strict=True):
             mine.copy_(theirs)
-        self._take_statistics_of_worker_0(model)
+        if training is None:
+            self._take_statistics_of_worker_0(model)
+            statistics = WORKER_0
+        else:
+            statistics = self._recompute_statistics(training)
 
         counts = torch.zeros(2, dtype=torch.int64)  # correct, seen
         loss = torch.zeros(1, dtype=torch.float64)
@@ -71,15 +86,40 @@ class Evaluator:
         correct, seen = counts.tolist()
         if seen != len(self._images):
             raise RuntimeError(f"evaluation counted {seen} images instead of {len(self._images)}")
-        return Evaluation(correct, seen, loss.item() / seen)
+        return Evaluation(correct, seen, loss.item() / seen, statistics)
 
     def _take_statistics_of_worker_0(self, model: nn.Module) -> None:
-        sources = [b for b in model.buffers() if b.is_floating_point()]
-        targets = [b for b in self._copy.buffers() if b.is_floating_point()]
-        if not sources:
-            return
-        flat: Tensor = torch.cat([b.flatten() for b in sources])
+        flat = _flat_statistics(model)
         self._comm.broadcast(flat, root=0)
-        parts = flat.split([b.numel() for b in sources])
-        for target, values in zip(targets, parts, strict=True):
+        self._set_statistics(flat)
+
+    def _recompute_statistics(self, training: Batches) -> str:
+        """The mean over all ranks' batches of what each batch would be normalised by."""
+        seen = torch.zeros(2, dtype=torch.int64)  # batches, images
+
+        def counted() -> Iterator[Tensor]:
+            for pixels, _ in training:
+                seen.add_(torch.tensor([1, len(pixels)]))
+                yield pixels
+
+        update_bn(counted(), self._copy)
+        flat = _flat_statistics(self._copy).double() * seen[0]
+        self._comm.all_reduce(seen, op="sum")
+        self._comm.all_reduce(flat, op="sum")
+        batches, images = seen.tolist()
+        self._set_statistics(flat / batches)
+        return f"statistics recomputed over {images} training images, {images // batches} at a time"
+
+    def _set_statistics(self, flat: Tensor) -> None:
+        targets = _statistics(self._copy)
+        for target, values in zip(targets, flat.split([t.numel() for t in targets]), strict=True):
             target.copy_(values.view_as(target))
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def _flat_statistics(model: nn.Module) -> Tensor:
+    parts = [b.flatten() for b in _statistics(model)]
+    return torch.cat(parts) if parts else torch.empty(0)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import pyallreduce as par
 from train import checkpoint, data, models, recipe, rundir
 from train.config import Config
-from train.evaluate import Evaluator
+from train.evaluate import Evaluation, Evaluator
 from train.metrics import Meter
 from train.workers import Minibatch, minibatches
 
@@ -30,7 +30,7 @@ class Job:
     schedule: recipe.Schedule
     state: checkpoint.TrainState
     aggregator: par.GradientAggregator
-    evaluate: Evaluator
+    evaluator: Evaluator
     meter: Meter
     run: rundir.Run
 
@@ -52,6 +52,20 @@ class Job:
         totals = (min(self.minibatch, images - step * self.minibatch) for step in steps)
         batches = self.meter.timed(self.batches(epoch, self.workers, steps))
         return minibatches(totals, batches, self.workers, self.state.model, self.aggregator)
+
+    def evaluate(self) -> Evaluation:
+        """Collective: the held-out error of the present weights, under --bn-statistics."""
+        if self.cfg.bn_statistics == "worker0":
+            return self.evaluator(self.state.model)
+        return self.evaluator(self.state.model, self._images_for_statistics())
+
+    def _images_for_statistics(self) -> data.Batches:
+        """About --bn-images of the latest epoch, by its first iterations' first workers."""
+        images = min(self.cfg.bn_images, len(self.dataset.train))
+        k = max(1, min(self.k, images // self.cfg.batch_size))
+        workers = range(self.comm.rank, k, self.comm.size)
+        epoch = max(0, self.state.step - 1) // self.steps
+        return self.batches(epoch, workers, range(max(1, images // self.minibatch)))
 
     def batches(self, epoch: int, workers: range, steps: range) -> data.Batches:
         return data.batches(
@@ -120,7 +134,7 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
     content = checkpoint.load(resume_from, identity(cfg, comm, k), comm) if resuming else None
     run = rundir.open_run(cfg, comm, resume_from)
 
-    evaluate = Evaluator(model, comm, dataset.test)
+    evaluator = Evaluator(model, comm, dataset.test)
     optimizer = par.SGD(
         recipe.parameter_groups(model, cfg.weight_decay),
         lr=schedule(0),
@@ -151,7 +165,7 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         schedule=schedule,
         state=state,
         aggregator=aggregator,
-        evaluate=evaluate,
+        evaluator=evaluator,
         meter=Meter(comm, aggregator, minibatch),
         run=run,
     )

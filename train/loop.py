@@ -38,8 +38,8 @@ def train(cfg: Config, comm: par.Communicator) -> dict[str, Any]:
                 job.end_iteration()
                 log.iteration(lr)
 
-            training, evaluation = job.meter.end_epoch(), job.evaluate(model)
+            training, evaluation = job.meter.end_epoch(), job.evaluate()
             state.errors[epoch] = evaluation.error
             log.epoch(epoch, lr, training, evaluation)
             job.save()
-        return log.finish(evaluation or job.evaluate(model))
+        return log.finish(evaluation or job.evaluate())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -31,25 +32,51 @@ class BasicBlock(nn.Module):
         return nnf.relu(residual + (x if self.downsample is None else self.downsample(x)))
 
 
-class DigitsResNet(nn.Module):
-    """Basic blocks of 32, 64 and 128 channels at 8x8, 4x4, 2x2: [N, 1, 8, 8] -> [N, classes]."""
+class SmallResNet(nn.Module):
+    """For images of a few pixels: no pooling, stages of basic blocks, each but the first halving.
 
-    def __init__(self, num_classes: int) -> None:
+    [N, channels, H, W] -> [N, classes]; `widths` are the channels of the stages, `depth` their
+    number of blocks. 6 depth + 2 layers with three stages, as in the CIFAR part of He et al. 2015,
+    but with projection shortcuts.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int], depth: int, num_classes: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.layer1 = BasicBlock(32, 32, stride=1)
-        self.layer2 = BasicBlock(32, 64, stride=2)
-        self.layer3 = BasicBlock(64, 128, stride=2)
-        self.fc = nn.Linear(128, num_classes)
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        ins = (widths[0], *widths)
+        self.stages = nn.Sequential(
+            *(
+                BasicBlock(ins[stage + (block > 0)], width, stride=2 if stage and not block else 1)
+                for stage, width in enumerate(widths)
+                for block in range(depth)
+            )
+        )
+        self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nnf.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.stages(nnf.relu(self.bn1(self.conv1(x))))
         return self.fc(x.mean(dim=(2, 3)))
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"digits-resnet": DigitsResNet}
+def _of_torchvision(name: str) -> Callable[[int], nn.Module]:
+    """Stride 2 lies on the 3x3 convolution, as in the paper's variant (fb.resnet.torch)."""
+
+    def make(num_classes: int) -> nn.Module:
+        from torchvision import models  # a second of import
+
+        return getattr(models, name)(weights=None, num_classes=num_classes)
+
+    return make
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "digits-resnet": partial(SmallResNet, 1, (32, 64, 128), 1),
+    "fashion-resnet8": partial(SmallResNet, 1, (16, 32, 64), 1),
+    "cifar-resnet20": partial(SmallResNet, 3, (16, 32, 64), 3),
+    "cifar-resnet56": partial(SmallResNet, 3, (16, 32, 64), 9),
+    **{name: _of_torchvision(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
+}
 
 
 def build(name: str, num_classes: int, zero_gamma: bool = True) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from train import progress
-from train.evaluate import STATISTICS, Evaluation
+from train.evaluate import Evaluation
 from train.job import Job
 from train.metrics import MetricsFile, read_metrics
 from train.recipe import median_error
@@ -67,7 +67,7 @@ class RunLog:
             test_error=test.error,
             test_loss=test.loss,
             test_images=test.count,
-            bn_statistics=STATISTICS,
+            bn_statistics=test.statistics,
         )
         self._progress.line(
             f"epoch {epoch + 1}/{self._job.cfg.epochs}  train loss {training['train_loss']:.4f} "
@@ -86,7 +86,7 @@ class RunLog:
             "accuracy_epochs": min(len(errors), 5),
             "accuracy_final": test.accuracy,
             "test_images": test.count,
-            "bn_statistics": STATISTICS,
+            "bn_statistics": test.statistics,
             "processes": job.comm.size,
             "cores": _cores(),
             "seconds": self._metrics.wall_s,
@@ -143,7 +143,11 @@ class RunLog:
             + (f"; {job.k} virtual workers" if job.k > comm.size else ""),
             f"           learning rate {rate} ({cfg.lr_rule} rule); x0.1 at epochs {drops} of "
             f"{cfg.epochs}",
-            f"evaluation every held-out image once, under {STATISTICS}",
+            "evaluation every held-out image once, batch norm by "
+            + {
+                "worker0": "worker 0's running statistics",
+                "recomputed": f"statistics recomputed over {cfg.bn_images} training images",
+            }[cfg.bn_statistics],
             f"run        {self._run.path}",
         ]
         if self._run.resumed_from:
