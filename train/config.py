@@ -22,6 +22,7 @@ from pyallreduce import UsageError
 
 GROUPS = {
     "recipe": "recipe (a preset sets these)",
+    "data": "data",
     "library": "gradient aggregation",
     "run": "run",
 }
@@ -195,6 +196,78 @@ class Config:
         changes_weights=True,
     )
 
+    data_path: str | None = _knob(
+        "data",
+        "folder of the data set: train/CLASS/IMAGE and val/CLASS/IMAGE, tar shards (python -m train "
+        "prepare), or torchvision's layout of cifar10, fashion-mnist, flowers",
+        default=None,
+    )
+    download: bool = _knob(
+        "data",
+        "let torchvision fetch cifar10, fashion-mnist or flowers into --data-path",
+        default=False,
+    )
+    synthetic: bool = _knob(
+        "data",
+        "random images in place of the data set's: the speed of everything but the loader",
+        default=False,
+        changes_weights=True,
+    )
+    synthetic_images: int = _knob(
+        "data",
+        "training images of a synthetic epoch",
+        default=12800,
+        at_least=1,
+        changes_weights=True,
+    )
+    image_size: int = _knob(
+        "data", "side of the crops of photographs", default=224, at_least=1, changes_weights=True
+    )
+    eval_resize: int = _knob(
+        "data",
+        "shorter side before the central crop of evaluation",
+        default=256,
+        at_least=1,
+        changes_weights=True,
+    )
+    augment: bool = _knob(
+        "data",
+        "photographs: crops of 8 to 100 % of the area, aspect ratio 3/4 to 4/3, and flips; small "
+        "images: shifts by up to 4 pixels, and flips; digits: nothing",
+        default=True,
+        changes_weights=True,
+    )
+    color_jitter: float = _knob(
+        "data",
+        "photographs: vary brightness, contrast, saturation by up to this share (the paper "
+        "mentions none, its code base has 0.4)",
+        default=0.0,
+        at_least=0,
+        changes_weights=True,
+    )
+    workers: int | None = _knob(
+        "data",
+        "loader processes per rank for photographs, 0: none (default: the rank's share of the "
+        "cores, at most 16); no pixel depends on it",
+        short="-j",
+        default=None,
+        at_least=0,
+    )
+    prefetch: int = _knob(
+        "data", "batches that a loader process prepares ahead", default=2, at_least=1
+    )
+    decoder: Literal["auto", "simplejpeg", "torchcodec", "pillow"] = _knob(
+        "data",
+        "what decodes JPEG; auto: the first of these that is installed; all give the same pixels",
+        default="auto",
+    )
+    corrupt_images: Literal["fatal", "skip"] = _knob(
+        "data",
+        "an image that cannot be read ends the run, or is reported and skipped: in training the "
+        "next one takes its place, in evaluation it counts as an error",
+        default="fatal",
+    )
+
     update: Literal["step", "eager"] = _knob(
         "library",
         "step: parameters change in optimizer.step(); eager: as each bucket lands (same bits)",
@@ -252,6 +325,11 @@ class Config:
             raise UsageError(
                 f"--name: given {self.name!r}, accepted: a file name without '/'; "
                 "put directories into --output-dir"
+            )
+        if self.eval_resize < self.image_size:
+            raise UsageError(
+                f"--eval-resize: given {self.eval_resize}, accepted: at least the --image-size of "
+                f"{self.image_size}, which is cut out of it; the paper has 256 and 224"
             )
         if list(self.drops) != sorted(set(self.drops)) or not all(0 < d < 1 for d in self.drops):
             raise UsageError(

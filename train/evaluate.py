@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 from torch.optim.swa_utils import update_bn
 
 import pyallreduce as par
-from train.data import Batches, Images
+from train import data
 
 WORKER_0 = "worker 0's running statistics"
 
@@ -49,17 +49,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: nn.Module, comm: par.Communicator, images: Images, batch_size: int = 256
+        self, model: nn.Module, comm: par.Communicator, images: data.Part, batch_size: int = 64
     ) -> None:
         self._copy = copy.deepcopy(model).eval().requires_grad_(False)
         self._comm = comm
         self._images = images
-        # Interleaved and never padded: parts may differ by one image, and no image appears in two.
-        self.ids = torch.arange(comm.rank, len(images), comm.size)
         self._batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, training: Batches | None = None) -> Evaluation:
+    def __call__(self, model: nn.Module, training: data.Batches | None = None) -> Evaluation:
         """Collective: every rank calls it and gets the same numbers.
 
         With batches of `training` images, this rank's share of them, batch norm uses the averages
@@ -75,11 +73,10 @@ class Evaluator:
 
         counts = torch.zeros(2, dtype=torch.int64)  # correct, seen
         loss = torch.zeros(1, dtype=torch.float64)
-        for ids in self.ids.split(self._batch_size):
-            logits = self._copy(self._images.pixels[ids])
-            labels = self._images.labels[ids]
+        for pixels, labels in self._batches():
+            logits = self._copy(pixels)
             loss += nnf.cross_entropy(logits, labels, reduction="sum").double()
-            counts += torch.stack([(logits.argmax(1) == labels).sum(), torch.tensor(len(ids))])
+            counts += torch.stack([(logits.argmax(1) == labels).sum(), torch.tensor(len(labels))])
         self._comm.all_reduce(counts, op="sum")
         self._comm.all_reduce(loss, op="sum")
 
@@ -88,12 +85,20 @@ class Evaluator:
             raise RuntimeError(f"evaluation counted {seen} images instead of {len(self._images)}")
         return Evaluation(correct, seen, loss.item() / seen, statistics)
 
+    def _batches(self) -> data.Batches:
+        return data.evaluation_batches(
+            self._images,
+            rank=self._comm.rank,
+            size=self._comm.size,
+            batch_size=self._batch_size,
+        )
+
     def _take_statistics_of_worker_0(self, model: nn.Module) -> None:
         flat = _flat_statistics(model)
         self._comm.broadcast(flat, root=0)
         self._set_statistics(flat)
 
-    def _recompute_statistics(self, training: Batches) -> str:
+    def _recompute_statistics(self, training: data.Batches) -> str:
         """The mean over all ranks' batches of what each batch would be normalised by."""
         seen = torch.zeros(2, dtype=torch.int64)  # batches, images
 

@@ -97,12 +97,20 @@ class Job:
 
     @property
     def identity(self) -> dict[str, object]:
-        return identity(self.cfg, self.comm, self.k)
+        return identity(self.cfg, self.comm, self.k, self.dataset)
 
 
-def identity(cfg: Config, comm: par.Communicator, k: int) -> dict[str, object]:
+def identity(
+    cfg: Config, comm: par.Communicator, k: int, dataset: data.Dataset
+) -> dict[str, object]:
     """What must be equal for a checkpoint to continue to the same bits."""
-    return {"world size": comm.size, "workers": k, "preset": cfg.preset, **cfg.recipe()}
+    return {
+        "world size": comm.size,
+        "workers": k,
+        "preset": cfg.preset,
+        "list of images": dataset.fingerprint,
+        **cfg.recipe(),
+    }
 
 
 def prepare(cfg: Config, comm: par.Communicator) -> Job:
@@ -111,7 +119,7 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
     UsageError when the configuration does not fit the data, the processes or the checkpoint; nothing
     is on the disk before all of that is known.
     """
-    dataset = data.load(cfg.dataset)
+    dataset = data.load(cfg, comm)
     k = recipe.number_of_workers(
         cfg.batch_size, cfg.minibatch, cfg.virtual_workers, processes=comm.size
     )
@@ -131,7 +139,9 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
     torch.manual_seed(cfg.seed)
     model = models.build(cfg.model, dataset.num_classes, cfg.zero_gamma)
     resume_from, resuming = rundir.find_checkpoint(cfg, comm)
-    content = checkpoint.load(resume_from, identity(cfg, comm, k), comm) if resuming else None
+    content = (
+        checkpoint.load(resume_from, identity(cfg, comm, k, dataset), comm) if resuming else None
+    )
     run = rundir.open_run(cfg, comm, resume_from)
 
     evaluator = Evaluator(model, comm, dataset.test)

@@ -138,6 +138,7 @@ class RunLog:
             f"train      {cfg.preset}: {cfg.model}, {parameters:,} parameters; "
             f"{_count(comm.size, 'process', 'processes')} on {_count(comm.num_nodes, 'host')}, "
             f"{_count(_cores(), 'core')}, {_count(torch.get_num_threads(), 'thread')} each",
+            f"data       {cfg.dataset}: {job.dataset.description}",
             f"recipe     minibatch {job.k} x {cfg.batch_size} = {job.minibatch} "
             f"(reference {cfg.reference_minibatch}), {job.steps} iterations per epoch"
             + (f"; {job.k} virtual workers" if job.k > comm.size else ""),

@@ -1,0 +1,149 @@
+"""Images on disk: read, decoded and augmented by worker processes, batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import logging
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import pyallreduce as par
+from train.data.decode import Decoder, Unreadable
+from train.data.images import UNREADABLE, Draw, Loaded, Normalisation, Request
+from train.data.sources import Source
+from train.data.transforms import Transform
+
+# After SIGTERM the rank may still write a checkpoint, for which it needs no more images, but a
+# worker that died under it would be an error. So workers outlive the signal, though not for ever.
+OUTLIVE_SIGTERM_S = 120
+# So many unreadable images after one another are no accident of single files.
+GIVE_UP_AFTER = 100
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger(__name__)
+
+
+class UnreadableImageError(par.Error):
+    """An image cannot be decoded, and --corrupt-images is not skip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How images are loaded; changes the speed and no pixel. `ahead`: batches per worker."""
+
+    workers: int
+    ahead: int = 2
+    skip_unreadable: bool = False
+
+
+class Files(Dataset[Loaded]):
+    """A source with its decoder and transform, as a torch data set of whole batches."""
+
+    def __init__(
+        self,
+        source: Source,
+        decoder: Decoder,
+        transform: Transform,
+        normalisation: Normalisation,
+        loading: Loading,
+    ) -> None:
+        self.normalisation: Normalisation | None = normalisation
+        self._source, self._decode, self._transform = source, decoder, transform
+        self._loading = loading
+        self._reported: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._source.labels)
+
+    def load(self, requests: Iterable[Request], pin_memory: bool = False) -> Iterator[Loaded]:
+        workers = self._loading.workers
+        loader: Any = DataLoader(
+            self,
+            sampler=requests,
+            batch_size=None,  # a request is a batch
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=self._loading.ahead if workers else None,
+            worker_init_fn=_prepare_worker,
+            pin_memory=pin_memory,
+            # Else it would take its seed from torch's own generator, a part of the checkpoint.
+            generator=torch.Generator(),
+            # A worker starts in milliseconds and shares the index; the core closes what is its own.
+            multiprocessing_context="fork" if workers else None,
+        )
+        for loaded in loader:
+            self._judge(loaded.unreadable)
+            yield loaded
+
+    def __getitem__(self, request: Request) -> Loaded:
+        pixels = torch.empty((len(request.ids), *self._transform.shape), dtype=torch.uint8)
+        labels = torch.empty(len(request.ids), dtype=torch.int64)
+        unreadable: list[str] = []
+        with _one_thread():
+            for slot, image in enumerate(request.ids.tolist()):
+                labels[slot] = self._fill(pixels[slot], image, request.draw, unreadable)
+        return Loaded(pixels, labels, tuple(unreadable))
+
+    def _fill(self, out: Tensor, image: int, draw: Draw | None, unreadable: list[str]) -> int:
+        """Write the pixels of `image`; returns its label.
+
+        In training the next readable image takes the place of an unreadable one: the same one
+        whatever rank or worker loads it, and the minibatch keeps its size. In evaluation nothing
+        does: black pixels and the label UNREADABLE.
+        """
+        for candidate in range(image, image + GIVE_UP_AFTER):
+            candidate %= len(self)
+            try:
+                rgb = self._decode(self._source.read(candidate))
+            except (Unreadable, OSError) as error:
+                unreadable.append(f"{self._source.path(candidate)}: {error}")
+                if draw is None:
+                    out.zero_()
+                    return UNREADABLE
+            else:
+                out.copy_(self._transform(rgb, draw, candidate))
+                return int(self._source.labels[candidate])
+        raise UnreadableImageError(
+            f"{GIVE_UP_AFTER} images in a row cannot be read, from {self._source.path(image)} on"
+        )
+
+    def _judge(self, unreadable: tuple[str, ...]) -> None:
+        for message in unreadable:
+            if not self._loading.skip_unreadable:
+                raise UnreadableImageError(
+                    f"cannot read the image {message}; replace it, or give --corrupt-images skip"
+                )
+            if message not in self._reported:
+                self._reported.add(message)
+                log.warning("skipped: cannot read the image %s", message)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One image is too little for several, which mostly wait for each other; workers have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _prepare_worker(worker: int) -> None:
+    """Signals are for the rank, which ends its workers; they end by themselves when it is killed."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(OUTLIVE_SIGTERM_S))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
