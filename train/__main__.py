@@ -68,7 +68,7 @@ def _rank(cfg: Config) -> int:
     import torch
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from train.loop import train
+    from train.runs import train_runs
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -80,7 +80,7 @@ def _rank(cfg: Config) -> int:
         with closing(par.init(timeout_s=cfg.timeout_s)) as comm:
             if comm.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
-            summary = train(cfg, comm)
+            summary = train_runs(cfg, comm)
             if cfg.json and comm.rank == 0:
                 print(json.dumps(summary))
         if cfg.assert_top1 is not None and summary["accuracy_median"] < cfg.assert_top1:

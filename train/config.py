@@ -299,6 +299,13 @@ class Config:
         "name of the run directory; a taken name gets a suffix (default: the preset's)",
         default=None,
     )
+    runs: int = _knob(
+        "run",
+        "train so many times, with the seeds seed, seed + 1, ..., and give mean and deviation (5 in "
+        "the paper)",
+        default=1,
+        at_least=1,
+    )
     print_freq: int = _knob("run", "iterations between log lines", default=10, at_least=1)
     max_steps: int | None = _knob(
         "run",

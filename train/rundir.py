@@ -61,6 +61,17 @@ def open_run(cfg: Config, comm: par.Communicator, resume_from: Path | None) -> R
     return Run(path, resume_from)
 
 
+def open_group(cfg: Config, comm: par.Communicator) -> Run:
+    """Collective: the directory for the runs of --runs; with --resume auto the newest of the name."""
+
+    def directory() -> Path:
+        found = _runs_named(Path(cfg.output_dir), _name(cfg)) if cfg.resume else []
+        return found[-1] if found else _directory(cfg, None)
+
+    path, _ = _by_rank_0(comm, directory)
+    return Run(path, None)
+
+
 def _by_rank_0(
     comm: par.Communicator, action: Callable[[], Path | None]
 ) -> tuple[Path | None, bool]:
