@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def config(output: str, **values: Any) -> Config:
 
 
 def two_runs_then_one_and_a_resumption(rank: int, size: int, output: str) -> Any:
-    with closing(par.init(timeout_s=20)) as comm:
+    with closing(par.init(timeout_s=20)) as comm, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "train.plots", None)  # as if not installed: they take seconds
         group = train_runs(config(output, runs=2, name="group"), comm)
         alone = train_runs(config(output, seed=4, name="alone"), comm)
         further = config(output, runs=3, name="group", resume="auto", max_steps=3)
