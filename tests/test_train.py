@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from train.metrics import SPLIT, MetricsFile, read_metrics
 
 # 4 iterations per epoch; the ramp lasts the first epoch, so a stop in iteration 3 lies inside both.
 SMALL = ("--batch-size", "178", "--lr", "0.005", "--momentum-form", "absorbed", "--print-freq", "2")
+PICTURES = ("curves", "ranks", "speed", "timeline")
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -53,7 +55,9 @@ def environment() -> dict[str, str]:
 def train(
     output: Path, *flags: str, launcher: tuple[str, ...] = (sys.executable,), code: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "-m", "train", "classify", "--output-dir", str(output), *flags]
+    """Without the seconds for pictures, unless the flags say --report."""
+    fixed = ["--output-dir", str(output), "--no-report"]
+    command = [*launcher, "-m", "train", "classify", *fixed, *flags]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -68,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Two epochs straight, and the same two in three pieces: 3 iterations, 1, and 4."""
     output = tmp_path_factory.mktemp("runs")
     both = (*SMALL, "--nproc", "2")
-    straight = train(output, *both, "--name", "straight", "--max-steps", "8")
+    straight = train(output, *both, "--name", "straight", "--max-steps", "8", "--report")
     pieces = [
         train(output, *both, "--name", "pieces", "--resume", "auto", "--max-steps", str(steps))
         for steps in (3, 4, 8)
@@ -85,13 +89,50 @@ def test_run_leaves_its_files(runs):
         "checkpoint.pt",
         "config.json",
         "env.json",
+        "log.txt",
         "metrics.jsonl",
-        "curves.png",
-        "timeline.png",
+        "summary.csv",
+        "timeline.json",
+        "report.html",
+        "plots",
+        *(f"{picture}.png" for picture in PICTURES),
+    }
+    for picture in PICTURES:
+        assert (runs.output / "straight" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    vectors = sorted(p.name for p in (runs.output / "straight" / "plots").iterdir())
+    assert vectors == [f"{picture}.svg" for picture in PICTURES]
+
+
+def test_run_without_a_report_leaves_its_records(runs):
+    assert {p.name for p in (runs.output / "pieces").iterdir()} == {
+        "checkpoint.pt",
+        "config.json",
+        "env.json",
+        "log.txt",
+        "metrics.jsonl",
+        "summary.csv",
         "timeline.json",
     }
-    for picture in ("curves.png", "timeline.png"):
-        assert (runs.output / "straight" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_log_holds_what_was_shown(runs):
+    shown = [run.stdout for run in (runs.straight,)]
+    assert (runs.output / "straight" / "log.txt").read_text() == "".join(shown)
+    shown = [run.stdout for run in runs.pieces]  # a resumed run goes on in its log
+    assert (runs.output / "pieces" / "log.txt").read_text() == "".join(shown)
+
+
+def test_summary_has_a_row_per_epoch(runs):
+    with (runs.output / "pieces" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    epochs = [
+        r
+        for r in read_metrics(runs.output / "pieces" / "metrics.jsonl")
+        if r["kind"] == "epoch" and r["step"] in (4, 8)
+    ]
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [float(row["eval_top1"]) for row in rows] == [100 - r["test_error"] for r in epochs]
+    assert [float(row["train_loss"]) for row in rows] == [r["train_loss"] for r in epochs]
 
 
 def test_metrics_have_a_line_per_interval_epoch_and_run(runs):
@@ -337,6 +378,10 @@ def test_the_death_of_a_rank_ends_the_others(tmp_path):
     assert time.monotonic() - killed < 20
     assert job.returncode == 128 + signal.SIGKILL
     assert "rank 0: PeerError" in errors
+    records = read_metrics(tmp_path / "digits" / "metrics.jsonl")
+    assert records[-1]["kind"] == "stopped"
+    assert records[-1]["reason"].startswith("PeerError: ")
+    assert "Stopped early at iteration" in (tmp_path / "digits" / "report.html").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
@@ -455,6 +500,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
         "--output-dir",
         "--name",
         "--print-freq",
+        "--report",
         "--max-steps",
         "--assert-top1",
         "--json",

@@ -21,6 +21,8 @@ from train.config import Config, parse
 
 COMMANDS = {
     "classify": "train an image classifier with the paper's recipe",
+    "compare": "set runs side by side on one page, with mean and deviation over seeds",
+    "report": "draw a run's pictures and report.html again, from its records",
     "export": "write a run's weights as safetensors",
 }
 DONE, FAILED, USAGE, MISSED = range(4)

@@ -306,6 +306,9 @@ class Config:
         default=1,
         at_least=1,
     )
+    report: bool = _knob(
+        "run", "draw the pictures and write report.html when the run ends", default=True
+    )
     print_freq: int = _knob("run", "iterations between log lines", default=10, at_least=1)
     max_steps: int | None = _knob(
         "run",

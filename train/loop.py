@@ -22,7 +22,7 @@ def train(cfg: Config, comm: par.Communicator) -> dict[str, Any]:
     job = prepare(cfg, comm)
     state, model, optimizer = job.state, job.state.model, job.state.optimizer
     evaluation: Evaluation | None = None
-    with closing(job.aggregator), closing(RunLog(job)) as log:
+    with closing(job.aggregator), RunLog(job) as log:
         while state.step < job.last:
             epoch = state.step // job.steps
             model.train()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import pyallreduce as par
 
+METRICS = "metrics.jsonl"
 SCHEMA = 1
 # Allocations, thread start-up and the first touch of shared pages fall into the first iterations.
 WARMUP_ITERATIONS = 20

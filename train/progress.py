@@ -40,6 +40,25 @@ class Lines(Silent):
             self.line(text)
 
 
+class Kept:
+    """All lines also into a file, which is the caller's."""
+
+    def __init__(self, shown: Progress, file: TextIO) -> None:
+        self._shown = shown
+        self._lines = Lines(file)
+
+    def line(self, text: str) -> None:
+        self._shown.line(text)
+        self._lines.line(text)
+
+    def advance(self, step: int, text: str = "") -> None:
+        self._shown.advance(step, text)
+        self._lines.advance(step, text)
+
+    def close(self) -> None:
+        self._shown.close()
+
+
 class Bar:
     """A terminal: one bar over the whole run, the newest numbers beside it, lines above it."""
 

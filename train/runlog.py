@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from train import progress
+from train import progress, report
 from train.evaluate import Evaluation
 from train.job import Job
-from train.metrics import MetricsFile, read_metrics
+from train.metrics import METRICS, MetricsFile
 from train.recipe import median_error
-from train.rundir import command_line, environment
+from train.records import CONFIG, ENVIRONMENT, TIMELINE, Records
+from train.rundir import environment
 
-METRICS = "metrics.jsonl"
+LOG = "log.txt"
 
 
 class RunLog:
-    """Follows one call of `train`; `close` leaves the terminal in order whatever happened."""
+    """Follows one call of `train` as a context: whatever ends it, the report is written."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._run = job, job.run
@@ -33,13 +35,36 @@ class RunLog:
             "iterations_per_epoch": job.steps,
             "schedule": dataclasses.asdict(job.schedule),
         }
-        if self._root:
-            self._run.write_json("config.json", {**job.cfg.to_json(), "derived": derived})
-            self._run.write_json("env.json", environment(job.comm))
         stream = sys.stderr if job.cfg.json else sys.stdout
         self._progress = progress.make_progress(job.comm.rank, job.last, stream)
+        self._file = None
+        if self._root:
+            self._run.write_json(CONFIG, {**job.cfg.to_json(), "derived": derived})
+            self._run.write_json(ENVIRONMENT, environment(job.comm))
+            self._file = open(self._run.file(LOG), "a", encoding="utf-8")  # noqa: SIM115 - see __exit__
+            self._progress = progress.Kept(self._progress, self._file)
         for line in self._header() if self._root else ():
             self._progress.line(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leaves the terminal in order, and the report of what there was before an error."""
+        self._progress.close()
+        if error is not None and self._root:
+            reason, step = f"{type(error).__name__}: {error}", self._job.state.step
+            self._metrics.write("stopped", step=step, reason=reason)
+            self._progress.line(f"stopped    at iteration {step} of {self._job.last}: {reason}")
+            self._report()
+        self._metrics.close()
+        if self._file:
+            self._file.close()
 
     def iteration(self, lr: float) -> None:
         """After each iteration; costs a comparison and, on a terminal, a bar."""
@@ -56,7 +81,7 @@ class RunLog:
         self._progress.advance(step, line)
         self._metrics.write("step", step=step, epoch=epoch, lr=lr, **numbers)
 
-    def epoch(self, epoch: int, lr: float, training: dict[str, float], test: Evaluation) -> None:
+    def epoch(self, epoch: int, lr: float, training: dict[str, Any], test: Evaluation) -> None:
         self._metrics.write(
             "epoch",
             step=self._job.state.step,
@@ -74,6 +99,8 @@ class RunLog:
             f"error {training['train_error']:.2f} %  held-out error {test.error:.2f} % "
             f"({test.count} images)  {progress.clock(self._metrics.wall_s)}"
         )
+        if self._root:
+            report.write_summary(Records.read(self._run.file(".")))
 
     def finish(self, test: Evaluation) -> dict[str, Any]:
         """Write the summary and the pictures; the summary has the same accuracy on every rank."""
@@ -96,33 +123,30 @@ class RunLog:
         }
         if trained:
             self._metrics.write("summary", **summary)
-        if trained and self._root:
-            self._draw()
         self._progress.close()
+        if trained and self._root:
+            self._report()
         for line in _summary_lines(summary) if self._root else ():
             self._progress.line(line)
         return summary
 
-    def close(self) -> None:
-        self._progress.close()
-        self._metrics.close()
+    def _report(self) -> None:
+        """Pictures and pages. Nothing here decides how the run ends: that is decided already.
 
-    def _draw(self) -> None:
-        try:
-            from train import plots  # matplotlib: an extra, and a second of import
-        except ImportError as error:
-            self._progress.line(f"no pictures: {error}; pip install 'pyallreduce[train]'")
+        A launcher may lose patience with the last rank, and so may a person: then without pictures.
+        """
+        if self._job.meter.steps:
+            self._run.write_json(TIMELINE, self._job.meter.typical_report())
+        if not self._job.cfg.report:
             return
-        job = self._job
-        report = job.meter.typical_report()
-        self._run.write_json("timeline.json", report)
-        ranks = _count(job.comm.size, "rank")
-        caption = f"{command_line()}   ({ranks}, {_count(_cores(), 'core')})"
-        plots.timeline(report, self._run.file("timeline.png"), caption)
-        rates = [job.schedule(t) for t in range(job.state.step)]
-        plots.curves(
-            read_metrics(self._run.file(METRICS)), rates, self._run.file("curves.png"), caption
-        )
+        try:
+            missing = report.write(self._run.file("."))
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            missing = f"{type(error).__name__}: {error}"
+        if missing:
+            self._progress.line(
+                f"pictures   missing ({missing}); python -m train report {self._run.path}"
+            )
 
     def _header(self) -> list[str]:
         job = self._job
