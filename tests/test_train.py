@@ -226,6 +226,7 @@ def test_configuration_and_environment_are_kept(runs):
     assert config["derived"]["minibatch"] == 356
     env = json.loads((runs.output / "straight" / "env.json").read_text())
     assert env["ranks"] == 2
+    assert env["launcher"] == "--nproc"
     assert "--nproc 2" in env["command"]
     assert env["packages"]["torch"]
 
@@ -339,7 +340,7 @@ def test_launchers(tmp_path, launcher):
         "mpirun": (program, "-n", "2", sys.executable),
     }[launcher]
     done = train(tmp_path, "--max-steps", "2", launcher=start)
-    assert "2 processes on 1 host" in done.stdout
+    assert f"2 processes on 1 host by {launcher}, " in done.stdout
     assert done.stdout.count("accuracy ") == 1
     assert (tmp_path / "digits" / "checkpoint.pt").exists()
 

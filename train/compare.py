@@ -7,6 +7,7 @@ table with mean and deviation.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,12 +20,16 @@ from train import page
 from train.config import Config, Parser
 from train.records import CONFIG, Records
 
-# What may differ inside a group: where and how a run was started, not what was run.
+# What may differ inside a group: where, how and how fast a run was fed, not what was run.
 _OUTSIDE = {
     "seed",
     "timeout_s",
-    *(f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "run"),
-}
+    *(
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.metadata["group"] in ("run", "data") and not field.metadata["changes_weights"]
+    ),
+} - {"data_path"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +88,20 @@ def main(argv: Sequence[str]) -> int:
         help="page to write (default: %(default)s)",
     )
     given = parser.parse_args(argv)
-    baseline = [run.resolve() for path in given.baseline for run in directories(path)]
-    others = [run.resolve() for path in given.runs for run in directories(path)]
-    found = groups([Records.read(run) for run in dict.fromkeys([*baseline, *others])], baseline)
     try:
-        page.write(given.out, html(found, pictures(found)))
+        write(given.runs, given.baseline, given.out)
     except OSError as error:
         raise UsageError(f"--out: {given.out} cannot be written ({error.strerror})") from None
     print(given.out)
     return 0
+
+
+def write(runs: Sequence[Path], baseline: Sequence[Path], out: Path) -> None:
+    """The page about these runs, or directories of runs. UsageError when one is neither."""
+    first = [run.resolve() for path in baseline for run in directories(path)]
+    others = [run.resolve() for path in runs for run in directories(path)]
+    found = groups([Records.read(run) for run in dict.fromkeys([*first, *others])], first)
+    page.write(out, html(found, pictures(found)))
 
 
 def directories(path: Path) -> list[Path]:
@@ -179,7 +189,7 @@ def html(found: Sequence[Group], images: Iterable[tuple[bytes, str]]) -> str:
     parts += [page.heading("Configurations and environments")]
     for run in runs:
         content = {"config": run.config, "environment": run.environment}
-        parts.append(page.folded(run.name, page.values(content)))
+        parts.append(page.folded(str(run.path), page.values(content)))
     return page.page(f"Comparison of {len(runs)} runs", parts)
 
 
@@ -249,12 +259,13 @@ def each_run(found: Sequence[Group]) -> tuple[list[str], list[list[str | None]]]
     ]
     headers += ["wall time s"]
     rows = []
+    above = os.path.commonpath([run.path.parent for group in found for run in group.runs])
     for group in found:
         for run in group.runs:
             speed = run.summary["throughput"]["images_per_s"] if run.summary else None
             rows.append(
                 [
-                    run.name,
+                    os.path.relpath(run.path, above),
                     group.label,
                     run.status,
                     run.environment.get("commit"),

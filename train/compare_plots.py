@@ -124,7 +124,8 @@ def finals(drawn: Sequence[tuple[Group, Style]]) -> Figure:
     for i, (group, style) in enumerate(shown):
         x = sizes[i] if by_size else i
         look = {k: style[k] for k in ("color", "marker", "label")}
-        axes.plot([x] * len(group.errors), group.errors, ".", color=style["color"], alpha=0.5)
+        beside = 0.97 * x if by_size else x - 0.04
+        axes.plot([beside] * len(group.errors), group.errors, ".", color=style["color"], alpha=0.6)
         axes.errorbar(x, group.mean or 0.0, yerr=group.deviation, capsize=5, markersize=9, **look)
     if by_size:
         axes.set_xscale("log", base=2)
@@ -154,7 +155,14 @@ def timelines(groups: Sequence[Group]) -> Figure:
         axes.set_xlabel("")
     longest_s = max(report["window_s"] for _, report in reports)
     panels.flat[0].set_xlim(0, 1e3 * longest_s)
-    figure.legend(handles=plots.TIMELINE_LEGEND, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(
+        handles=plots.TIMELINE_LEGEND,
+        loc="outside upper center",
+        ncols=len(plots.TIMELINE_LEGEND),
+        frameon=False,
+        fontsize="small",
+        columnspacing=1.2,
+    )
     return figure
 
 

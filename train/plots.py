@@ -34,12 +34,14 @@ EXPOSED: dict[str, Any] = {
     "hatch": "xxx",
     "linewidth": 0.0,
 }
+WAITING = 0.12  # opacity of the time in which the training thread waits
 TIMELINE_LEGEND = [
     Patch(facecolor=FORWARD, label="forward"),
     Patch(facecolor=BACKWARD, label="backward"),
     Patch(label="bucket waits", **QUEUE),
-    Patch(facecolor=TRANSFER, label="bucket is reduced (slower ranks awaited)"),
+    Patch(facecolor=TRANSFER, label="bucket is reduced, or awaits a slower rank"),
     Patch(label="exposed: nothing computes", **EXPOSED),
+    Patch(facecolor=RED, alpha=WAITING, label="update waits for buckets"),
     Patch(facecolor=UPDATE, label="update"),
 ]
 # Parts of an iteration as train.metrics names them: label, colour, hatch.
@@ -255,6 +257,7 @@ def timeline(report: dict[str, Any], text: str) -> Figure:
         ncols=len(TIMELINE_LEGEND),
         frameon=False,
         fontsize="small",
+        columnspacing=1.2,
     )
     caption(figure, f"{text}\n{timeline_text(report)}")
     return figure
@@ -276,7 +279,7 @@ def draw_timeline(axes: Axes, report: dict[str, Any]) -> None:
             _bar(axes, at[phase["name"]], interval, facecolor=colours[phase["name"]])
         else:
             begin_ms, end_ms = 1e3 * phase["start_s"], 1e3 * phase["end_s"]
-            axes.axvspan(begin_ms, end_ms, color=RED, alpha=0.08, linewidth=0)
+            axes.axvspan(begin_ms, end_ms, color=RED, alpha=WAITING, linewidth=0)
     for bucket in buckets:
         row = at[f"bucket {bucket['index']}"]
         queue, transfer = (
@@ -319,7 +322,9 @@ def draw_rate(axes: Axes, run: Records, **style: Any) -> None:
     """The learning rate of every iteration there was, or of 2,000 of them."""
     every = max(1, run.step // 2000)
     steps = range(0, run.step, every)
-    axes.plot([t / run.per_epoch for t in steps], [run.rate(t) for t in steps], **style)
+    x = [t / run.per_epoch for t in (*steps, run.step)]
+    rates = [run.rate(t) for t in (*steps, max(0, run.step - 1))]
+    axes.plot(x, rates, drawstyle="steps-post", **style)
     axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel="learning rate", title="Learning rate")
 

@@ -115,6 +115,11 @@ def results(run: Records) -> list[tuple[str, str, str]]:
     ]
     if run.summary:
         found += _results_at_the_end(run.summary)
+    if run.epochs and derived["processes"] > 1:
+        exposed = run.epochs[-1]["per_rank"]["comm_exposed_ms"]
+        worst = exposed.index(max(exposed))
+        how = f"rank {worst}, mean of the last epoch's iterations"
+        found.append(("exposed communication, worst rank", f"{exposed[worst]:.2f} ms", how))
     return found
 
 

@@ -18,9 +18,15 @@ from typing import Any
 import torch
 
 import pyallreduce as par
+from train import launch
 from train.config import Config
 
 CHECKPOINT = "checkpoint.pt"
+# Whose versions a run records: what computes, decodes and draws.
+PACKAGES = (
+    *("pyallreduce", "torch", "torchvision", "numpy", "Pillow", "simplejpeg", "torchcodec"),
+    *("scikit-learn", "safetensors", "matplotlib", "rich"),
+)
 _NOTHING, _SOMETHING, _REFUSED = range(3)
 
 
@@ -154,17 +160,19 @@ def _make_new(root: Path, name: str) -> Path:
 
 def environment(comm: par.Communicator) -> dict[str, Any]:
     """What is needed to repeat the run elsewhere: versions, machine, launch, commit."""
-    packages = ("pyallreduce", "torch", "numpy", "scikit-learn", "matplotlib", "rich")
     return {
         "command": command_line(),
+        "launcher": launch.launched_by(os.environ),
         "ranks": comm.size,
         "nodes": comm.num_nodes,
         "cores": len(os.sched_getaffinity(0)),
         "threads_per_process": torch.get_num_threads(),
         "cpu": _cpu_model(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "variables": {
             k: v

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from train import progress, report
+from train import launch, progress, report
 from train.evaluate import Evaluation
 from train.job import Job
 from train.metrics import METRICS, MetricsFile
@@ -160,8 +160,9 @@ class RunLog:
         parameters = sum(p.numel() for p in job.state.model.parameters())
         lines = [
             f"train      {cfg.preset}: {cfg.model}, {parameters:,} parameters; "
-            f"{_count(comm.size, 'process', 'processes')} on {_count(comm.num_nodes, 'host')}, "
-            f"{_count(_cores(), 'core')}, {_count(torch.get_num_threads(), 'thread')} each",
+            f"{_count(comm.size, 'process', 'processes')} on {_count(comm.num_nodes, 'host')}"
+            + (f" by {launcher}, " if (launcher := launch.launched_by(os.environ)) else ", ")
+            + f"{_count(_cores(), 'core')}, {_count(torch.get_num_threads(), 'thread')} each",
             f"data       {cfg.dataset}: {job.dataset.description}",
             f"recipe     minibatch {job.k} x {cfg.batch_size} = {job.minibatch} "
             f"(reference {cfg.reference_minibatch}), {job.steps} iterations per epoch"

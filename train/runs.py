@@ -8,9 +8,10 @@ import sys
 from typing import Any
 
 import pyallreduce as par
-from train import rundir
+from train import compare, rundir
 from train.config import Config
 from train.loop import train
+from train.report import REPORT
 
 SUMMARY = "runs.json"
 
@@ -33,6 +34,8 @@ def train_runs(cfg: Config, comm: par.Communicator) -> dict[str, Any]:
     summary = summarise(cfg, runs)
     if group.path:
         group.write_json(SUMMARY, {**summary, "directory": str(group.path)})
+        if cfg.report:
+            compare.write([group.path], [], group.file(REPORT))
         print(_line(summary), file=sys.stderr if cfg.json else sys.stdout, flush=True)
     return summary
 
