@@ -212,6 +212,14 @@ def test_status(tmp_path, errors, ending, status):
     assert Records.read(make_run(tmp_path / "run", errors, ending=ending)).status == status
 
 
+def test_a_run_that_was_resumed_is_no_longer_stopped(tmp_path):
+    run = make_run(tmp_path / "run", [50, 9, 5], ending="stopped")
+    log = MetricsFile(run / "metrics.jsonl", 30)
+    log.write("step", step=35)
+    log.close()
+    assert Records.read(run).status == "running, or killed: at iteration 35 of 80"
+
+
 def test_a_run_killed_before_its_first_line_has_a_report(tmp_path):
     run = make_run(tmp_path / "run", [], ending=None)
     (run / "timeline.json").unlink()
