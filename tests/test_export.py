@@ -12,6 +12,7 @@ from torch import nn
 
 from train import checkpoint, export, models
 from train.__main__ import main
+from train.rundir import Run
 
 safe_open = pytest.importorskip("safetensors", reason="safetensors is not installed").safe_open
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -31,9 +32,9 @@ def save(run: Path, name: str, model: nn.Module) -> Path:
     """A checkpoint of the model in a run directory, as the trainer writes it."""
     run.mkdir()
     state = checkpoint.TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), step=7)
-    path = run / "checkpoint.pt"
-    checkpoint.save(path, state, {"model": name, "seed": 3}, Alone(), torn=False)
-    return path
+    identity = {"model": name, "seed": 3}
+    Run(run, None).store(checkpoint.collect(state, identity, Alone(), torn=False), keep=1)
+    return run / "checkpoints" / "step_000007.pt"
 
 
 def lived(model: nn.Module) -> nn.Module:
@@ -101,7 +102,7 @@ def test_a_network_of_another_shape_is_not_promised_to_torchvision():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: file.unlink(), "cannot be read (No such file"),
+        (lambda file: file.unlink(), "has no checkpoint"),
         (lambda file: file.write_bytes(file.read_bytes()[:-1000]), "is damaged"),
     ],
 )

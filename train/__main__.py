@@ -1,7 +1,7 @@
 """`python -m train classify ...`
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 target missed (--assert-top1), 130 and 143
-interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 target missed (--assert-top1), 75 stopped by SIGTERM
+or SIGUSR1 with a checkpoint, to be started again with --resume; 130 stopped by Ctrl-C without.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from types import FrameType
 
 import pyallreduce as par
-from train import launch
+from train import launch, signals
 from train.config import Config, parse
 
 COMMANDS = {
@@ -26,6 +25,7 @@ COMMANDS = {
     "export": "write a run's weights as safetensors",
 }
 DONE, FAILED, USAGE, MISSED = range(4)
+STOPPED = os.EX_TEMPFAIL
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         if launch.announced_rank(os.environ) == 0:
             print(f"python -m train: error: {error}", file=sys.stderr)
         return USAGE
-    except (par.Error, FloatingPointError) as error:
+    except (par.Error, OSError) as error:
         rank = launch.announced_rank(os.environ)
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
@@ -66,37 +66,49 @@ def main(argv: Sequence[str]) -> int:
 
 def _rank(cfg: Config) -> int:
     """This process as one rank of the job."""
+    signals.listen()
     # Heavy imports only here: the parent of --nproc and --help do without torch.
     import torch
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from train.collective import Failure
     from train.runs import train_runs
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, terminate)
+    from train.watch import Interrupted
 
     @record  # torchrun's summary then shows this rank's traceback
     def job() -> int:
         with closing(par.init(timeout_s=cfg.timeout_s)) as comm:
             if comm.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
-            summary = train_runs(cfg, comm)
-            if cfg.json and comm.rank == 0:
-                print(json.dumps(summary))
-        if cfg.assert_top1 is not None and summary["accuracy_median"] < cfg.assert_top1:
-            if comm.rank == 0:
-                print(
-                    f"python -m train: accuracy {summary['accuracy_median']:.2f} % is below the "
-                    f"{cfg.assert_top1:g} % asked for by --assert-top1",
+            say = print if comm.rank == 0 else _nothing  # what all ranks know in the same words
+            try:
+                summary = train_runs(cfg, comm)
+            except Interrupted as request:
+                say(
+                    f"python -m train: {request}; the checkpoint of iteration {request.step} is "
+                    "written, --resume continues from it",
                     file=sys.stderr,
                 )
+                return STOPPED
+            except (Failure, FloatingPointError) as error:
+                say(f"python -m train: error: {error}", file=sys.stderr)
+                return FAILED
+            if cfg.json:
+                say(json.dumps(summary))
+        if cfg.assert_top1 is not None and summary["accuracy_median"] < cfg.assert_top1:
+            say(
+                f"python -m train: accuracy {summary['accuracy_median']:.2f} % is below the "
+                f"{cfg.assert_top1:g} % asked for by --assert-top1",
+                file=sys.stderr,
+            )
             return MISSED
         return DONE
 
-    code = job()
-    return DONE if code is None else code  # None: record() swallowed a SystemExit(0)
+    return job() or DONE
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
 
 
 def _help() -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib import resources
 from typing import Any, Literal, NoReturn
@@ -24,6 +24,7 @@ GROUPS = {
     "recipe": "recipe (a preset sets these)",
     "data": "data",
     "library": "gradient aggregation",
+    "device": "device and precision",
     "run": "run",
 }
 
@@ -39,8 +40,13 @@ def _knob(
     positive: bool = False,
     counts_in_k: bool = False,
     changes_weights: bool = False,
+    changes_rounding: bool = False,
 ) -> Any:
-    """A field with its help text, its bounds, and whether another value gives other weights."""
+    """A field with its help text, its bounds, and whether another value gives other weights.
+
+    A checkpoint is not continued under another value that `changes_weights`; of one that only
+    `changes_rounding` the log tells.
+    """
     metadata = {
         "group": group,
         "text": text,
@@ -50,6 +56,7 @@ def _knob(
         "positive": positive,
         "counts_in_k": counts_in_k,
         "changes_weights": changes_weights,
+        "changes_rounding": changes_rounding,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -273,12 +280,42 @@ class Config:
         "step: parameters change in optimizer.step(); eager: as each bucket lands (same bits)",
         default="step",
     )
-    bucket_kib: int = _knob("library", "size of a gradient bucket in KiB", at_least=1)
+    bucket_kib: int = _knob(
+        "library",
+        "size of a gradient bucket in KiB; a resumed run keeps that of its checkpoint",
+        at_least=1,
+    )
     timeout_s: float = _knob(
         "library",
         "seconds to wait for another process before giving up",
         default=60.0,
         positive=True,
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = _knob(
+        "device",
+        "auto: a GPU per process where all have one and the library takes its tensors, else the CPU",
+        default="auto",
+        changes_rounding=True,
+    )
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _knob(
+        "device",
+        "of the forward and backward pass; weights, sums and the update stay float32. tf32: "
+        "float32 with short products on a GPU; bf16, fp16: autocast, fp16 with a gradient scaler",
+        default="fp32",
+        changes_weights=True,
+    )
+    channels_last: bool | None = _knob(
+        "device",
+        "memory format NHWC (default: on a GPU)",
+        default=None,
+        changes_rounding=True,
+    )
+    compile: bool = _knob(
+        "device",
+        "torch.compile the network; its backward is one piece then, and hides less communication",
+        default=False,
+        changes_rounding=True,
     )
 
     nproc: int | None = _knob(
@@ -289,9 +326,21 @@ class Config:
     )
     resume: str | None = _knob(
         "run",
-        "continue from a checkpoint: its path, or auto for the "
-        "newest run of this name (a new run if there is none)",
+        "continue from a checkpoint: its path, a run directory for the newest intact one in it, "
+        "or auto for the newest run of this name (a new run if there is none)",
         default=None,
+    )
+    checkpoint_every: int | None = _knob(
+        "run",
+        "iterations between checkpoints, besides the one at the end of every epoch",
+        default=None,
+        at_least=1,
+    )
+    keep: int = _knob(
+        "run",
+        "checkpoints to keep: so many of the newest, and the one with the lowest held-out error",
+        default=3,
+        at_least=1,
     )
     output_dir: str = _knob("run", "where run directories are made", default="runs")
     name: str | None = _knob(
@@ -347,17 +396,45 @@ class Config:
                 "between 0 and 1 such as 1/3,2/3,8/9; write them in that order"
             )
 
+        if self.precision == "fp16" and self.update == "eager":
+            raise UsageError(
+                "--precision fp16: the gradient scaler may have to skip an update, which --update "
+                "eager has already done; give --update step, or --precision bf16"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Every field by name; fractions as text."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def recipe(self) -> dict[str, Any]:
-        """The fields that the weights depend on: a checkpoint continues only under equal ones."""
-        return {
-            f.name: _plain(getattr(self, f.name))
-            for f in dataclasses.fields(self)
-            if f.metadata["changes_weights"]
-        }
+        """The fields that the weights depend on, if only by rounding."""
+        return {f.name: _plain(getattr(self, f.name)) for f in _that_change(weights=None)}
+
+    def differences(
+        self, stored: Mapping[str, Any], *, weights: bool
+    ) -> dict[str, tuple[str, str]]:
+        """What a checkpoint's `recipe()` has otherwise: flag -> (there, here).
+
+        `weights`: of the fields that change the weights, else of those that change only their
+        rounding. A field that the checkpoint does not know had its default then.
+        """
+        found = {}
+        for field in _that_change(weights=weights):
+            then = stored.get(field.name, _plain(field.default))
+            now = _plain(getattr(self, field.name))
+            if then != now:
+                found[flag(field.name)] = (_show(then), _show(now))
+        return found
+
+
+def _that_change(weights: bool | None) -> list[dataclasses.Field[Any]]:
+    """Fields that change the weights (True), only their rounding (False), or either (None)."""
+    kinds = {
+        True: ("changes_weights",),
+        False: ("changes_rounding",),
+        None: ("changes_weights", "changes_rounding"),
+    }[weights]
+    return [f for f in dataclasses.fields(Config) if any(f.metadata[kind] for kind in kinds)]
 
 
 def flag(name: str) -> str:
@@ -454,7 +531,7 @@ def _parser(command: str, preset: str, values: dict[str, Any]) -> Parser:
 def _argument(annotation: Any, counts_in_k: bool) -> dict[str, Any]:
     """How argparse reads a field of this type."""
     options = [a for a in typing.get_args(annotation) if a is not type(None)]
-    if annotation is bool:
+    if bool in (annotation, *options):
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(annotation) is Literal:
         return {"type": _one_of(options), "metavar": "|".join(options)}
@@ -552,6 +629,6 @@ def _plain(value: Any) -> Any:
 def _show(value: Any) -> str:
     if value is None:
         return "none"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(str(v) for v in value)
     return json.dumps(value) if isinstance(value, bool) else str(value)

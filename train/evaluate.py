@@ -13,6 +13,8 @@ from torch.optim.swa_utils import update_bn
 
 import pyallreduce as par
 from train import data
+from train.precision import Precision, wide
+from train.watch import Watch
 
 WORKER_0 = "worker 0's running statistics"
 
@@ -49,11 +51,18 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: nn.Module, comm: par.Communicator, images: data.Part, batch_size: int = 64
+        self,
+        model: nn.Module,
+        comm: par.Communicator,
+        images: data.Part,
+        precision: Precision,
+        watch: Watch,
+        batch_size: int = 64,
     ) -> None:
         self._copy = copy.deepcopy(model).eval().requires_grad_(False)
         self._comm = comm
         self._images = images
+        self._precision, self._watch = precision, watch
         self._batch_size = batch_size
 
     @torch.no_grad()
@@ -61,7 +70,8 @@ class Evaluator:
         """Collective: every rank calls it and gets the same numbers.
 
         With batches of `training` images, this rank's share of them, batch norm uses the averages
-        of their means and variances; without, worker 0's running statistics.
+        of their means and variances; without, worker 0's running statistics. Interrupted on all
+        ranks after the same batch when one was asked to stop.
         """
         for mine, theirs in zip(self._copy.parameters(), model.parameters(), strict=True):
             mine.copy_(theirs)
@@ -71,30 +81,38 @@ class Evaluator:
         else:
             statistics = self._recompute_statistics(training)
 
-        counts = torch.zeros(2, dtype=torch.int64)  # correct, seen
-        loss = torch.zeros(1, dtype=torch.float64)
+        device = self._precision.device
+        counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, seen
+        loss = torch.zeros(1, dtype=torch.float64, device=device)
         for pixels, labels in self._batches():
-            logits = self._copy(pixels)
-            loss += nnf.cross_entropy(logits, labels, reduction="sum").double()
-            counts += torch.stack([(logits.argmax(1) == labels).sum(), torch.tensor(len(labels))])
+            with self._precision.autocast():
+                logits = self._copy(pixels)
+            loss += nnf.cross_entropy(wide(logits), labels, reduction="sum").double()
+            correct = (logits.argmax(1) == labels).sum()
+            counts += torch.stack([correct, correct.new_tensor(len(labels))])
+        counts, loss = counts.cpu(), loss.cpu()
         self._comm.all_reduce(counts, op="sum")
         self._comm.all_reduce(loss, op="sum")
 
-        correct, seen = counts.tolist()
+        right, seen = counts.tolist()
         if seen != len(self._images):
             raise RuntimeError(f"evaluation counted {seen} images instead of {len(self._images)}")
-        return Evaluation(correct, seen, loss.item() / seen, statistics)
+        return Evaluation(right, seen, loss.item() / seen, statistics)
 
     def _batches(self) -> data.Batches:
-        return data.evaluation_batches(
+        batches = data.evaluation_batches(
             self._images,
             rank=self._comm.rank,
             size=self._comm.size,
             batch_size=self._batch_size,
+            device=self._precision.device,
         )
+        largest = -(-len(self._images) // self._comm.size)  # share of a rank
+        rounds = -(-largest // self._batch_size)
+        return self._precision.arranged(self._watch.polled(batches, rounds))
 
     def _take_statistics_of_worker_0(self, model: nn.Module) -> None:
-        flat = _flat_statistics(model)
+        flat = _flat_statistics(model).cpu()
         self._comm.broadcast(flat, root=0)
         self._set_statistics(flat)
 
@@ -107,8 +125,9 @@ class Evaluator:
                 seen.add_(torch.tensor([1, len(pixels)]))
                 yield pixels
 
-        update_bn(counted(), self._copy)
-        flat = _flat_statistics(self._copy).double() * seen[0]
+        with self._precision.autocast():
+            update_bn(counted(), self._copy)
+        flat = _flat_statistics(self._copy).cpu().double() * seen[0]
         self._comm.all_reduce(seen, op="sum")
         self._comm.all_reduce(flat, op="sum")
         batches, images = seen.tolist()

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyallreduce import UsageError
 from train import checkpoint
 from train.config import Parser
-from train.rundir import checkpoint_in
+from train.rundir import checkpoints_in
 
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
 
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
         "--out", type=Path, default=None, help="file to write (default: RUN/weights.safetensors)"
     )
     given = parser.parse_args(argv)
-    source = checkpoint_in(given.run)
-    out = given.out or source.parent / "weights.safetensors"
+    source = checkpoint.newest_intact(checkpoints_in(given.run))
+    out = given.out or (given.run if given.run.is_dir() else source.parent) / "weights.safetensors"
     content = checkpoint.read(source)
     tensors = weights(content["model"])
     write(out, tensors, description(content))

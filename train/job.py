@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import pyallreduce as par
-from train import checkpoint, data, models, recipe, rundir
+from train import checkpoint, data, models, recipe, resume, rundir
+from train.collective import by_rank_0
 from train.config import Config
 from train.evaluate import Evaluation, Evaluator
 from train.metrics import Meter
+from train.precision import Precision, choose_device, wide
+from train.watch import Interrupted, Watch
 from train.workers import Minibatch, minibatches
 
 
@@ -32,7 +37,20 @@ class Job:
     aggregator: par.GradientAggregator
     evaluator: Evaluator
     meter: Meter
+    precision: Precision
+    watch: Watch
     run: rundir.Run
+    notices: tuple[str, ...]
+    plan: dict[str, Any]
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch to go on with, if only by evaluating it; None when the job is done."""
+        step = self.state.step
+        ends = step % self.steps == 0 or step >= self.last
+        if ends and self.state.evaluated < step:
+            return (step - 1) // self.steps
+        return step // self.steps if step < self.last else None
 
     @property
     def minibatch(self) -> int:
@@ -47,6 +65,8 @@ class Job:
     def minibatches(self, epoch: int) -> Iterator[Minibatch]:
         """The iterations of the epoch, from the one that the state has reached to `last`."""
         first = self.state.step - epoch * self.steps
+        if first == 0:
+            self.meter.begin_epoch()
         steps = range(first, min(self.steps, first + self.last - self.state.step))
         images = len(self.dataset.train)
         totals = (min(self.minibatch, images - step * self.minibatch) for step in steps)
@@ -65,10 +85,12 @@ class Job:
         k = max(1, min(self.k, images // self.cfg.batch_size))
         workers = range(self.comm.rank, k, self.comm.size)
         epoch = max(0, self.state.step - 1) // self.steps
-        return self.batches(epoch, workers, range(max(1, images // self.minibatch)))
+        steps = range(max(1, images // self.minibatch))
+        rounds = len(steps) * -(-k // self.comm.size)  # of a rank with most workers
+        return self.watch.polled(self.batches(epoch, workers, steps), rounds)
 
     def batches(self, epoch: int, workers: range, steps: range) -> data.Batches:
-        return data.batches(
+        batches = data.batches(
             self.dataset.train,
             seed=self.cfg.seed,
             epoch=epoch,
@@ -76,41 +98,57 @@ class Job:
             k=self.k,
             batch_size=self.cfg.batch_size,
             steps=steps,
+            device=self.precision.device,
         )
+        return self.precision.arranged(batches)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum over the images, to be divided by their number over all workers."""
         return cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=self.cfg.label_smoothing
+            wide(logits), labels, reduction="sum", label_smoothing=self.cfg.label_smoothing
         )
 
+    def agree(self, lr: float) -> None:
+        """Collective, before the update. FloatingPointError on all ranks if a loss is not finite."""
+        self.watch.check(self.meter.loss, self.state.step, lr)
+
     def end_iteration(self) -> None:
-        """After the update. Whatever has to happen between two iterations belongs here."""
+        """After the update."""
         self.state.step += 1
         self.meter.end_iteration()
 
+    def end_epoch(self, epoch: int, error: float) -> None:
+        """After the evaluation."""
+        self.state.errors[epoch] = error
+        self.state.evaluated = self.state.step
+
+    def between_iterations(self) -> None:
+        """Collective: save when it is time to; Interrupted on all ranks when one was asked to stop."""
+        self.watch.stop_if_asked()
+        every = self.cfg.checkpoint_every
+        if every and self.state.step % every == 0:
+            self.save()
+
+    @contextmanager
+    def saving_when_interrupted(self) -> Iterator[None]:
+        """Ranks are interrupted where they have just agreed on it, so all of them come here."""
+        try:
+            yield
+        except Interrupted as request:
+            self.save()
+            request.step = self.state.step
+            raise
+
     def save(self) -> None:
-        """Collective: write the checkpoint."""
-        checkpoint.save(
-            self.run.checkpoint, self.state, self.identity, self.comm, torn=self.aggregator.torn
+        """Collective: write the checkpoint, and drop those that are too old."""
+        content = checkpoint.collect(
+            self.state,
+            resume.identity(self.cfg, self.k, self.dataset.fingerprint, self.comm),
+            self.comm,
+            torn=self.aggregator.torn,
+            plan=resume.plan(self.cfg, self.aggregator, self.plan),
         )
-
-    @property
-    def identity(self) -> dict[str, object]:
-        return identity(self.cfg, self.comm, self.k, self.dataset)
-
-
-def identity(
-    cfg: Config, comm: par.Communicator, k: int, dataset: data.Dataset
-) -> dict[str, object]:
-    """What must be equal for a checkpoint to continue to the same bits."""
-    return {
-        "world size": comm.size,
-        "workers": k,
-        "preset": cfg.preset,
-        "list of images": dataset.fingerprint,
-        **cfg.recipe(),
-    }
+        by_rank_0(self.comm, lambda: self.run.store(content, self.cfg.keep))
 
 
 def prepare(cfg: Config, comm: par.Communicator) -> Job:
@@ -138,13 +176,14 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
     )
     torch.manual_seed(cfg.seed)
     model = models.build(cfg.model, dataset.num_classes, cfg.zero_gamma)
-    resume_from, resuming = rundir.find_checkpoint(cfg, comm)
-    content = (
-        checkpoint.load(resume_from, identity(cfg, comm, k, dataset), comm) if resuming else None
-    )
-    run = rundir.open_run(cfg, comm, resume_from)
+    precision = Precision(cfg, choose_device(cfg.device, comm))
+    model = precision.place(model)
+    resumed = resume.find(cfg, k, dataset.fingerprint, comm)
+    cfg = resume.pinned(cfg, resumed)
+    run = rundir.open_run(cfg, comm, resumed.path if resumed else None)
 
-    evaluator = Evaluator(model, comm, dataset.test)
+    watch = Watch(comm)
+    evaluator = Evaluator(model, comm, dataset.test, precision, watch)
     optimizer = par.SGD(
         recipe.parameter_groups(model, cfg.weight_decay),
         lr=schedule(0),
@@ -162,9 +201,11 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         update=cfg.update,
         max_norm=cfg.max_norm,
     )
-    state = checkpoint.TrainState(model, optimizer)
-    if content:  # after the aggregator, which gives every rank the buffers of rank 0
-        checkpoint.restore(state, content, comm)
+    sums = torch.zeros(3, dtype=torch.float64, device=precision.device)
+    state = checkpoint.TrainState(model, optimizer, sums=sums, scaler=precision.scaler)
+    if resumed:  # after the aggregator, which gives every rank the buffers of rank 0
+        checkpoint.restore(state, resumed.content, comm)
+    precision.compile(model)  # last: the evaluator's copy runs as it is
     return Job(
         cfg=cfg,
         comm=comm,
@@ -176,6 +217,10 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         state=state,
         aggregator=aggregator,
         evaluator=evaluator,
-        meter=Meter(comm, aggregator, minibatch),
+        meter=Meter(comm, aggregator, minibatch, sums),
+        precision=precision,
+        watch=watch,
         run=run,
+        notices=resumed.notices if resumed else (),
+        plan=resumed.content["plan"] if resumed else {},
     )

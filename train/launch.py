@@ -84,6 +84,7 @@ def _start(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     environ = {
         "OMP_NUM_THREADS": str(threads),  # more would fight over the same cores
+        "PYALLREDUCE_PORT": str(port),  # its default, MASTER_PORT + 1, may be taken
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -138,16 +139,7 @@ def _all_ended(children: Sequence[subprocess.Popen[bytes]], within_s: float) -> 
 
 
 def free_port() -> int:
-    """A port that was free a moment ago; so was the next, where the library's rendezvous listens.
-
-    Losing a race for either fails loudly in rank 0.
-    """
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
+    """A port that was free a moment ago. Losing a race for it fails loudly in rank 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -17,29 +17,36 @@ def train(cfg: Config, comm: par.Communicator) -> dict[str, Any]:
     """Train, evaluate, leave a run directory; returns the summary, whose accuracy all ranks share.
 
     Collective. UsageError when the configuration does not fit the data, the processes or the
-    checkpoint; FloatingPointError when the loss is not finite.
+    checkpoint; FloatingPointError when the loss is not finite; Interrupted, with a checkpoint, when
+    a rank was asked to stop.
     """
     job = prepare(cfg, comm)
     state, model, optimizer = job.state, job.state.model, job.state.optimizer
+    scaler = state.scaler  # does nothing unless the precision is fp16
     evaluation: Evaluation | None = None
-    with closing(job.aggregator), RunLog(job) as log:
-        while state.step < job.last:
-            epoch = state.step // job.steps
+    with closing(job.aggregator), RunLog(job) as log, job.saving_when_interrupted():
+        while (epoch := job.epoch) is not None:
             model.train()
             for minibatch in job.minibatches(epoch):  # kn images over all workers
                 lr = set_lr(optimizer, job.schedule, state.step)
                 for images, labels in minibatch:  # one worker's n: several only if virtual
-                    logits = model(images)
+                    with job.precision.autocast():
+                        logits = model(images)
                     loss = job.loss(logits, labels) / minibatch.total  # 1/(kn) in all: Remark 3
-                    loss.backward()  # buckets are summed over the workers as they fill
+                    scaler.scale(
+                        loss
+                    ).backward()  # buckets are summed over the workers as they fill
                     job.meter.add(loss, logits, labels, minibatch.total)
-                optimizer.step()
+                job.agree(lr)
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=False)  # gradients stay in their buckets
                 job.end_iteration()
                 log.iteration(lr)
+                job.between_iterations()
 
-            training, evaluation = job.meter.end_epoch(), job.evaluate()
-            state.errors[epoch] = evaluation.error
-            log.epoch(epoch, lr, training, evaluation)
+            evaluation = job.evaluate()
+            job.end_epoch(epoch, evaluation.error)
+            log.epoch(epoch, job.schedule(state.step - 1), job.meter.end_epoch(), evaluation)
             job.save()
         return log.finish(evaluation or job.evaluate())

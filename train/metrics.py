@@ -37,18 +37,22 @@ SPLIT = ("compute_ms", "comm_exposed_ms", "data_wait_ms", "other_ms")
 class MetricsFile:
     """Appends one JSON object per line and flushes it, so a killed run loses nothing it logged."""
 
-    def __init__(self, path: Path | None, from_step: int) -> None:
+    def __init__(self, path: Path | None, from_step: int, evaluated: int = 0) -> None:
         """Without a path (ranks other than 0) nothing is written.
 
         `from_step` 0 starts the file anew; otherwise records behind that iteration, which will be
-        run again, are taken out.
+        run again, are taken out, and those of evaluations behind the iteration `evaluated`.
         """
         self._earlier_s = 0.0
         self._file = None
         self._started = time.monotonic()
         if path is None:
             return
-        kept = [r for r in read_metrics(path) if r["step"] <= from_step]
+        kept = [
+            r
+            for r in read_metrics(path)
+            if r["step"] <= (from_step if r["kind"] == "step" else evaluated)
+        ]
         if from_step and kept:
             self._earlier_s = kept[-1]["wall_s"]
         temporary = path.with_name(f".{path.name}.tmp")
@@ -112,7 +116,15 @@ class Iteration:
 class Meter:
     """Adds up one rank's iterations; nothing here communicates except `end_epoch`."""
 
-    def __init__(self, comm: par.Communicator, aggregator: par.GradientAggregator, minibatch: int):
+    def __init__(
+        self,
+        comm: par.Communicator,
+        aggregator: par.GradientAggregator,
+        minibatch: int,
+        sums: Tensor,
+    ) -> None:
+        """`sums` [3] are the epoch's of this rank so far: loss, wrong answers, images. They are part
+        of a checkpoint, and lie where the network does: adding must not wait for a GPU."""
         self._comm = comm
         self._aggregator = aggregator
         self._minibatch = minibatch
@@ -123,8 +135,8 @@ class Meter:
         self._started = time.perf_counter()
         self._began_s: float | None = None  # the iteration, by asking for its first images
         self._waited_s = 0.0
-        self._sums = _no_images()  # of the epoch
-        self._latest = _no_images()  # of the iteration
+        self._sums = sums
+        self._latest = torch.zeros_like(sums)  # of the iteration
 
     def timed(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, with the time spent waiting for each of them taken."""
@@ -145,9 +157,14 @@ class Meter:
             [
                 loss.detach().double() * total,
                 (logits.detach().argmax(1) != labels).sum().double(),
-                torch.tensor(len(labels), dtype=torch.float64),
+                loss.new_tensor(len(labels), dtype=torch.float64),
             ]
         )
+
+    @property
+    def loss(self) -> Tensor:
+        """Of the iteration's images so far, on this rank: a sum."""
+        return self._latest[0]
 
     def end_iteration(self) -> None:
         """After the update."""
@@ -160,29 +177,38 @@ class Meter:
         self._epoch_steps += 1
         self._epoch_s += total_s
         self._sums += self._latest
-        self._loss, self._latest = self._latest, _no_images()
+        self._loss, self._latest = self._latest, torch.zeros_like(self._sums)
+
+    def begin_epoch(self) -> None:
+        self._sums.zero_()
 
     def end_epoch(self) -> dict[str, Any]:
         """Collective: mean loss, error in percent, number of images of the epoch, over all ranks.
 
-        With the speed of its iterations, and on which parts every rank spent them.
+        With the speed of its iterations, and on which parts every rank spent them, if this process
+        has seen any: a resumed one may have only the evaluation left.
         """
-        self._comm.all_reduce(self._sums, op="sum")
-        loss, wrong, images = self._sums.tolist()
-        per_rank, train_s = self._all_ranks(self._newest(self._epoch_steps)), self._epoch_s
-        self._sums, self._epoch_steps, self._epoch_s = _no_images(), 0, 0.0
+        sums = self._sums.to("cpu", copy=True)
+        self._comm.all_reduce(sums, op="sum")
+        loss, wrong, images = sums.tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 "the training loss is not finite: lower --lr, or make the warmup "
                 "longer with --warmup-epochs"
             )
+        speed: dict[str, Any] = {}
+        if self._epoch_steps:
+            speed = {
+                "train_s": self._epoch_s,
+                "images_per_s": self._minibatch * self._epoch_steps / self._epoch_s,
+                "per_rank": self._all_ranks(self._newest(self._epoch_steps)),
+            }
+        self._epoch_steps, self._epoch_s = 0, 0.0
         return {
             "train_loss": loss / images,
             "train_error": 100.0 * wrong / images,
             "train_images": int(images),
-            "train_s": train_s,
-            "images_per_s": images / train_s,
-            "per_rank": per_rank,
+            **speed,
         }
 
     def recent(self) -> dict[str, Any]:
@@ -290,8 +316,3 @@ def _skew_ms(iterations: Iterable[Iteration]) -> list[float]:
     """Means by rank; empty where the group does not tell when its ranks came."""
     rows = [i.report["skew_s"] for i in iterations if i.report["skew_s"]]
     return [round(1e3 * statistics.fmean(column), 4) for column in zip(*rows, strict=True)]
-
-
-def _no_images() -> Tensor:
-    """Loss, number of wrong answers, number of images: sums."""
-    return torch.zeros(3, dtype=torch.float64)

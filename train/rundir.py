@@ -11,23 +11,23 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pyallreduce as par
-from train import launch
+from train import checkpoint, launch
+from train.collective import Failure, by_rank_0
 from train.config import Config
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINTS = "checkpoints"
+_FILE = re.compile(r"step_(\d+)\.pt")
 # Whose versions a run records: what computes, decodes and draws.
 PACKAGES = (
     *("pyallreduce", "torch", "torchvision", "numpy", "Pillow", "simplejpeg", "torchcodec"),
     *("scikit-learn", "safetensors", "matplotlib", "rich"),
 )
-_NOTHING, _SOMETHING, _REFUSED = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,73 +37,123 @@ class Run:
     path: Path | None
     resumed_from: Path | None
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The file that this run writes."""
-        return self.path / CHECKPOINT if self.path else None
-
     def file(self, name: str) -> Path:
         assert self.path is not None
         return self.path / name
 
     def write_json(self, name: str, value: Any) -> None:
         """Whole or not at all."""
-        temporary = self.file(f".{name}.tmp")
+        temporary = self.file(f".{Path(name).name}.tmp")
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.file(name))
 
+    def store(self, content: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint, point to it, and remove what is older than the newest `keep`.
 
-def find_checkpoint(cfg: Config, comm: par.Communicator) -> tuple[Path | None, bool]:
-    """Collective: the checkpoint that --resume asks for (rank 0), and whether there is one (all)."""
-    return _by_rank_0(comm, lambda: _checkpoint_to_resume(cfg))
+        The one with the lowest held-out error stays too. Failure, with the last good file, when the
+        disk does not take it.
+        """
+        assert self.path is not None
+        folder = self.path / CHECKPOINTS
+        path = folder / f"step_{content['step']:06d}.pt"
+        try:
+            folder.mkdir(exist_ok=True)
+            checkpoint.write(path, content)
+            self._point_to(path, content)
+            best = self._best()
+            for old in checkpoint_files(self.path)[keep:]:
+                if old.name != best:
+                    old.unlink()
+        except OSError as error:
+            good = next(iter(checkpoint_files(self.path)), None)
+            raise Failure(
+                f"the checkpoint {path} cannot be written ({error.strerror or error}); "
+                + (f"the last good one is {good}" if good else "there is none before it")
+                + ". Make room or give another --output-dir, then continue with --resume"
+            ) from None
+
+    def _point_to(self, path: Path, content: dict[str, Any]) -> None:
+        """For people and scripts; resuming looks at the files themselves."""
+        errors, step = content["errors"], content["step"]
+        pointer = {"file": path.name, "step": step}
+        if errors and content["evaluated"] == step:
+            newest = max(errors)
+            pointer |= {"epoch": newest, "test_error": errors[newest]}
+            if errors[newest] <= min(errors.values()):
+                self.write_json(f"{CHECKPOINTS}/best.json", pointer)
+        self.write_json(f"{CHECKPOINTS}/last.json", pointer)
+
+    def _best(self) -> str | None:
+        file = self.file(f"{CHECKPOINTS}/best.json")
+        return json.loads(file.read_text(encoding="utf-8"))["file"] if file.exists() else None
+
+
+def checkpoint_files(run: Path) -> list[Path]:
+    """Those of a run directory, newest first."""
+    folder = run / CHECKPOINTS
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((f for f in found if _FILE.fullmatch(f.name)), key=_step_of, reverse=True)
+
+
+def checkpoints_in(given: Path) -> list[Path]:
+    """Newest first; a file is its own only one. UsageError for a directory without any."""
+    if not given.is_dir():
+        return [given]
+    if found := checkpoint_files(given):
+        return found
+    raise par.UsageError(
+        f"{given} has no checkpoint; accepted: a run directory with {CHECKPOINTS}/step_N.pt, or one "
+        "of these files"
+    )
+
+
+def checkpoints_to_resume(cfg: Config) -> list[Path]:
+    """What --resume asks for, newest first; nothing for a new run."""
+    if cfg.resume is None:
+        return []
+    if cfg.resume == "auto":
+        runs = [checkpoint_files(run) for run in _runs_named(Path(cfg.output_dir), _name(cfg))]
+        return next((files for files in reversed(runs) if files), [])
+    return checkpoints_in(Path(cfg.resume))
+
+
+def run_of(file: Path) -> Path | None:
+    """The run directory that a checkpoint lies in; None for a copy elsewhere."""
+    run = file.parent.parent
+    return run if file.parent.name == CHECKPOINTS and (run / "config.json").exists() else None
 
 
 def open_run(cfg: Config, comm: par.Communicator, resume_from: Path | None) -> Run:
     """Collective: the directory of the checkpoint if that is a run's, else a new one.
 
-    UsageError on every rank when it cannot be written; only rank 0's has the reason.
+    Its later checkpoints, damaged or of iterations that will be run again, are set aside.
+    UsageError on every rank when it cannot be written.
     """
-    path, _ = _by_rank_0(comm, lambda: _directory(cfg, resume_from))
-    return Run(path, resume_from)
+    path = by_rank_0(comm, lambda: os.fsencode(_directory(cfg, resume_from)))
+    return Run(Path(os.fsdecode(path)) if comm.rank == 0 else None, resume_from)
 
 
 def open_group(cfg: Config, comm: par.Communicator) -> Run:
     """Collective: the directory for the runs of --runs; with --resume auto the newest of the name."""
 
-    def directory() -> Path:
+    def directory() -> bytes:
         found = _runs_named(Path(cfg.output_dir), _name(cfg)) if cfg.resume else []
-        return found[-1] if found else _directory(cfg, None)
+        return os.fsencode(found[-1] if found else _directory(cfg, None))
 
-    path, _ = _by_rank_0(comm, directory)
-    return Run(path, None)
-
-
-def _by_rank_0(
-    comm: par.Communicator, action: Callable[[], Path | None]
-) -> tuple[Path | None, bool]:
-    """Rank 0's answer there, on every rank whether there is one; its UsageError ends all ranks."""
-    answer = refusal = None
-    verdict = torch.tensor([_NOTHING])
-    if comm.rank == 0:
-        try:
-            answer = action()
-            verdict.fill_(_NOTHING if answer is None else _SOMETHING)
-        except par.UsageError as error:
-            refusal = error
-            verdict.fill_(_REFUSED)
-    comm.broadcast(verdict, root=0)
-    if verdict.item() == _REFUSED:
-        raise refusal or par.UsageError("refused by rank 0, which says why")
-    return answer, verdict.item() == _SOMETHING
+    path = by_rank_0(comm, directory)
+    return Run(Path(os.fsdecode(path)) if comm.rank == 0 else None, None)
 
 
 def _directory(cfg: Config, resume_from: Path | None) -> Path:
     root = Path(cfg.output_dir)
     try:
-        if resume_from and (resume_from.parent / "config.json").exists():
-            if not os.access(resume_from.parent, os.W_OK):
-                raise PermissionError(13, "Permission denied", str(resume_from.parent))
-            return resume_from.parent
+        if resume_from and (run := run_of(resume_from)):
+            if not os.access(run, os.W_OK):
+                raise PermissionError(13, "Permission denied", str(run))
+            for later in checkpoint_files(run):
+                if _step_of(later) > _step_of(resume_from):
+                    later.rename(later.with_name(f"{later.name}.unused"))
+            return run
         root.mkdir(parents=True, exist_ok=True)
         return _make_new(root, _name(cfg))
     except OSError as error:
@@ -114,23 +164,13 @@ def _directory(cfg: Config, resume_from: Path | None) -> Path:
         ) from None
 
 
+def _step_of(file: Path) -> int:
+    match = _FILE.fullmatch(file.name)
+    return int(match[1]) if match else 0
+
+
 def _name(cfg: Config) -> str:
     return cfg.name or cfg.preset
-
-
-def _checkpoint_to_resume(cfg: Config) -> Path | None:
-    if cfg.resume is None:
-        return None
-    if cfg.resume == "auto":
-        runs = _runs_named(Path(cfg.output_dir), _name(cfg))
-        found = [run / CHECKPOINT for run in runs if (run / CHECKPOINT).exists()]
-        return found[-1] if found else None
-    return checkpoint_in(Path(cfg.resume))
-
-
-def checkpoint_in(given: Path) -> Path:
-    """The checkpoint of a run directory; a file is its own."""
-    return given / CHECKPOINT if given.is_dir() else given
 
 
 def _runs_named(root: Path, name: str) -> list[Path]:

@@ -27,7 +27,10 @@ class RunLog:
     def __init__(self, job: Job) -> None:
         self._job, self._run = job, job.run
         self._root = job.comm.rank == 0
-        self._metrics = MetricsFile(self._run.path and self._run.file(METRICS), job.state.step)
+        self._metrics = MetricsFile(
+            self._run.path and self._run.file(METRICS), job.state.step, job.state.evaluated
+        )
+        self._evaluated = False
         derived = {
             "processes": job.comm.size,
             "workers": job.k,
@@ -82,6 +85,7 @@ class RunLog:
         self._metrics.write("step", step=step, epoch=epoch, lr=lr, **numbers)
 
     def epoch(self, epoch: int, lr: float, training: dict[str, Any], test: Evaluation) -> None:
+        self._evaluated = True
         self._metrics.write(
             "epoch",
             step=self._job.state.step,
@@ -121,7 +125,7 @@ class RunLog:
             "communication": job.meter.communication() if trained and self._root else None,
             "directory": str(self._run.path) if self._root else None,
         }
-        if trained:
+        if trained or self._evaluated:
             self._metrics.write("summary", **summary)
         self._progress.close()
         if trained and self._root:
@@ -169,6 +173,7 @@ class RunLog:
             + (f"; {job.k} virtual workers" if job.k > comm.size else ""),
             f"           learning rate {rate} ({cfg.lr_rule} rule); x0.1 at epochs {drops} of "
             f"{cfg.epochs}",
+            f"computing  {job.precision}",
             "evaluation every held-out image once, batch norm by "
             + {
                 "worker0": "worker 0's running statistics",
@@ -182,6 +187,7 @@ class RunLog:
                 f"resumed    {self._run.resumed_from} at iteration {job.state.step} of "
                 f"{job.last}{done}"
             )
+            lines += [f"           {notice}" for notice in job.notices]
         return lines
 
 
