@@ -16,10 +16,12 @@ from torch.nn import functional as nnf
 
 import pyallreduce as par
 from ranks import run_ranks
-from train import data, loop, models, recipe
+from train import data, loop, models, recipe, rundir
 from train.config import Config, load_preset
 from train.evaluate import Evaluator
 from train.metrics import read_metrics
+from train.precision import Precision
+from train.watch import Watch
 from train.workers import minibatches
 
 COUNT, N, K = 70, 8, 4
@@ -52,7 +54,7 @@ def train_in_float64(comm: par.Communicator, cfg: Config) -> tuple[dict[str, Ten
     if comm.rank:
         return {}, [], summary
     run = Path(summary["directory"])
-    model = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    model = torch.load(rundir.checkpoint_files(run)[0], weights_only=True)["model"]
     return model, read_metrics(run / "metrics.jsonl"), summary
 
 
@@ -218,7 +220,8 @@ def test_recomputed_statistics_are_means_over_batches():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
     batches = [(torch.randn(n, 3, 4, 4) * (n + 1), torch.zeros(n)) for n in (8, 8, 5)]
     test = data.Images(torch.randn(6, 3, 4, 4), torch.zeros(6, dtype=torch.int64))
-    evaluator = Evaluator(model, Alone(), test)
+    precision = Precision(config(), torch.device("cpu"))
+    evaluator = Evaluator(model, Alone(), test, precision, Watch(Alone()))
     named = evaluator(model, iter(batches)).statistics
     assert named == "statistics recomputed over 21 training images, 7 at a time"
     norm = evaluator._copy[0]
