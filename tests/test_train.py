@@ -108,7 +108,7 @@ def test_run_leaves_its_files(runs):
 
 def test_run_without_a_report_leaves_its_records(runs):
     assert {p.name for p in (runs.output / "pieces").iterdir()} == {
-        "checkpoint.pt",
+        "checkpoints",
         "config.json",
         "env.json",
         "log.txt",

@@ -33,9 +33,7 @@ def train(cfg: Config, comm: par.Communicator) -> dict[str, Any]:
                     with job.precision.autocast():
                         logits = model(images)
                     loss = job.loss(logits, labels) / minibatch.total  # 1/(kn) in all: Remark 3
-                    scaler.scale(
-                        loss
-                    ).backward()  # buckets are summed over the workers as they fill
+                    scaler.scale(loss).backward()  # buckets are summed over workers as they fill
                     job.meter.add(loss, logits, labels, minibatch.total)
                 job.agree(lr)
                 scaler.step(optimizer)
