@@ -424,6 +424,11 @@ def test_every_network_answers_with_its_classes(name):
         assert model(images).shape == (2, 7)
 
 
+def test_a_network_for_other_channels_is_refused():
+    with pytest.raises(par.UsageError, match=r"takes images of 3 channels, but .* have 1"):
+        models.build("cifar-resnet20", 10, channels=1)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_a_configuration(name):
     cfg = Config(**load_preset(name))

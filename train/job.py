@@ -175,7 +175,7 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         warmup=cfg.warmup,
     )
     torch.manual_seed(cfg.seed)
-    model = models.build(cfg.model, dataset.num_classes, cfg.zero_gamma)
+    model = models.build(cfg.model, dataset.num_classes, cfg.zero_gamma, dataset.shape[0])
     precision = Precision(cfg, choose_device(cfg.device, comm))
     model = precision.place(model)
     resumed = resume.find(cfg, k, dataset.fingerprint, comm)

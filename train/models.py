@@ -79,12 +79,23 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build(name: str, num_classes: int, zero_gamma: bool = True) -> nn.Module:
-    """A freshly initialised network, by torch's global generator. UsageError for an unknown name."""
+def build(
+    name: str, num_classes: int, zero_gamma: bool = True, channels: int | None = None
+) -> nn.Module:
+    """A freshly initialised network, by torch's global generator.
+
+    UsageError for an unknown name, and for one that does not take images of so many channels.
+    """
     if name not in MODELS:
         raise UsageError(
             f"--model: given {name!r}, accepted: {', '.join(sorted(MODELS))}; choose one of these"
         )
     model = MODELS[name](num_classes)
+    takes: int = model.conv1.in_channels  # type: ignore[assignment, union-attr]
+    if channels not in (None, takes):
+        raise UsageError(
+            f"--model: given {name!r}, which takes images of {takes} channels, but those of the "
+            f"data set have {channels}; choose another network or another --dataset"
+        )
     initialise(model, zero_gamma)
     return model

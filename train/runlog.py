@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from train import launch, progress, report
+from train.config import Config
 from train.evaluate import Evaluation
 from train.job import Job
 from train.metrics import METRICS, MetricsFile
@@ -173,6 +174,7 @@ class RunLog:
             + (f"; {job.k} virtual workers" if job.k > comm.size else ""),
             f"           learning rate {rate} ({cfg.lr_rule} rule); x0.1 at epochs {drops} of "
             f"{cfg.epochs}",
+            f"           {_update_rule(cfg)}",
             f"computing  {job.precision}",
             "evaluation every held-out image once, batch norm by "
             + {
@@ -189,6 +191,16 @@ class RunLog:
             )
             lines += [f"           {notice}" for notice in job.notices]
         return lines
+
+
+def _update_rule(cfg: Config) -> str:
+    correction = "" if cfg.momentum_form == "reference" or cfg.momentum_correction else "un"
+    form = {"reference": "u = m u + g", "absorbed": f"v = m v + lr g, {correction}corrected"}
+    return (
+        f"{'Nesterov ' if cfg.nesterov else ''}momentum {cfg.momentum:g} ({form[cfg.momentum_form]}), "
+        f"weight decay {cfg.weight_decay:g} but none on batch norm, last gamma of a block "
+        f"{0 if cfg.zero_gamma else 1}"
+    )
 
 
 def _summary_lines(s: dict[str, Any]) -> list[str]:
