@@ -243,6 +243,22 @@ def test_a_loss_that_was_not_finite_leaves_a_gap(tmp_path):
     assert plots.png(plots.curves(Records.read(run)))
 
 
+def test_a_resumed_process_that_only_evaluated_has_a_report(tmp_path):
+    """It measured no iteration: neither its epoch nor its summary has speeds."""
+    run = make_run(tmp_path / "run", [50, 9, 5])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in ("per_rank", "images_per_s"):
+        del records[-2][name]
+    records[-1] |= {"throughput": None, "communication": None}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert report.write(run) == ""
+    found = read(run / "report.html")
+    epochs = next(t for t in found.tables if t[0][0] == "epoch")
+    assert column(epochs, "images/s") == ["1,500", "1,500", "–"]
+    compare.write([run], [], tmp_path / "page.html")
+    assert column(read(tmp_path / "page.html").tables[0], "images/s") == ["–"]
+
+
 def test_without_matplotlib_the_report_has_no_pictures(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", [50, 9])
     monkeypatch.delattr("train.plots")

@@ -220,7 +220,7 @@ def final_errors(found: Sequence[Group]) -> tuple[list[str], list[list[str | Non
         ]
         if baseline:
             row.insert(5, None if group is baseline else difference(group, baseline))
-        ends = [run.summary for run in group.runs if run.summary]
+        ends = [run.summary for run in group.runs if run.summary and run.summary["throughput"]]
         speeds, comms = [e["throughput"] for e in ends], [e["communication"] for e in ends]
         row += [
             mean_of([s["images_per_s"] for s in speeds], "{:,.0f}"),
@@ -262,7 +262,7 @@ def each_run(found: Sequence[Group]) -> tuple[list[str], list[list[str | None]]]
     above = os.path.commonpath([run.path.parent for group in found for run in group.runs])
     for group in found:
         for run in group.runs:
-            speed = run.summary["throughput"]["images_per_s"] if run.summary else None
+            speed = (run.summary or {}).get("throughput") or {}
             rows.append(
                 [
                     os.path.relpath(run.path, above),
@@ -272,7 +272,7 @@ def each_run(found: Sequence[Group]) -> tuple[list[str], list[list[str | None]]]
                     str(run.config["seed"]),
                     mean_of([run.error] if run.is_whole else [], "{:.2f}"),
                     mean_of(run.errors[-1:], "{:.2f}"),
-                    mean_of([speed], "{:,.0f}"),
+                    mean_of([speed.get("images_per_s")], "{:,.0f}"),
                     mean_of([r["wall_s"] for r in run.metrics[-1:]], "{:,.1f}"),
                 ]
             )

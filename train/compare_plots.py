@@ -171,7 +171,7 @@ def timeline_of(group: Group) -> dict[str, Any] | None:
 
 
 def by_epoch(run: Records, key: str) -> Points:
-    return [(r["step"] / run.per_epoch, r[key]) for r in run.epochs]
+    return [(r["step"] / run.per_epoch, r[key]) for r in run.epochs if key in r]
 
 
 def band(axes: Axes, group: Group, points: Callable[[Records], Points], style: Style) -> None:

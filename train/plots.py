@@ -79,7 +79,7 @@ def of_run(run: Records) -> dict[str, tuple[Figure, str]]:
             speed(run),
             "Images per second, and what an iteration of rank 0 consists of, by epoch.",
         )
-    if run.epochs and run.derived["processes"] > 1:
+    if run.measured and run.derived["processes"] > 1:
         pictures["ranks"] = (
             ranks(run),
             "What an iteration consists of on every rank; who waited for the others, and when.",
@@ -160,7 +160,7 @@ def speed(run: Records) -> Figure:
             markersize=10,
             label="mean of the epoch's iterations",
         )
-    rate.set_ylim(bottom=0)
+    rate.set_ylim(0, 1.1 * max(numbers(steps, "compute_images_per_s")))
     rate.set(xlabel="epoch", ylabel="images/s, all ranks", title="Throughput")
     rate.legend(fontsize="small", loc="lower right")
 
@@ -185,7 +185,7 @@ def speed(run: Records) -> Figure:
 
 def ranks(run: Records) -> Figure:
     """By rank: the parts of an iteration of the last epoch; who waited for whom, by iteration."""
-    last = run.epochs[-1]
+    last = run.measured[-1]
     per_rank = last["per_rank"]
     count = len(per_rank["compute_ms"])
     height = min(1.6 + 0.34 * count, TALLEST_INCHES)
@@ -347,8 +347,8 @@ def error_scale(axes: Axes) -> None:
 
 
 def numbers(records: Iterable[dict[str, Any]], key: str) -> list[float]:
-    """The values of a key; what was not finite leaves a gap."""
-    return [float("nan") if r[key] is None else r[key] for r in records]
+    """The values of a key; what was not finite, or not measured, leaves a gap."""
+    return [float("nan") if r.get(key) is None else r[key] for r in records]
 
 
 def caption(figure: Figure, text: str) -> None:
@@ -367,7 +367,8 @@ def _row_label(row: str, buckets: Sequence[dict[str, Any]]) -> str:
     if not row.startswith("bucket "):
         return row
     size = buckets[int(row.split()[1])]["bytes"]
-    return f"{row} ({size / 1024:.0f} KiB)"
+    shown = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
+    return f"{row} ({shown})"
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -71,6 +71,11 @@ class Records:
         return list({r["epoch"]: r for r in self.metrics if r["kind"] == "epoch"}.values())
 
     @property
+    def measured(self) -> list[dict[str, Any]]:
+        """Epochs with speeds: a process that resumes may have only the evaluation left to do."""
+        return [r for r in self.epochs if "per_rank" in r]
+
+    @property
     def step(self) -> int:
         """The last iteration of which there is a record."""
         return max((r["step"] for r in self.metrics), default=0)

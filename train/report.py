@@ -113,12 +113,12 @@ def results(run: Records) -> list[tuple[str, str, str]]:
         ),
         ("learning rate", f"{derived['schedule']['peak']:g}", "at its peak"),
     ]
-    if run.summary:
+    if run.summary and run.summary["throughput"]:
         found += _results_at_the_end(run.summary)
-    if run.epochs and derived["processes"] > 1:
-        exposed = run.epochs[-1]["per_rank"]["comm_exposed_ms"]
+    if run.measured and derived["processes"] > 1:
+        exposed = run.measured[-1]["per_rank"]["comm_exposed_ms"]
         worst = exposed.index(max(exposed))
-        how = f"rank {worst}, mean of the last epoch's iterations"
+        how = f"rank {worst}, mean of the iterations of epoch {run.measured[-1]['epoch'] + 1}"
         found.append(("exposed communication, worst rank", f"{exposed[worst]:.2f} ms", how))
     return found
 
@@ -152,7 +152,7 @@ def _results_at_the_end(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def epochs(run: Records) -> tuple[list[str], list[list[str]]]:
+def epochs(run: Records) -> tuple[list[str], list[list[str | None]]]:
     """Headers and rows of the table of epochs."""
     headers = ["epoch", "iterations", "train loss", "train error %", "held-out loss"]
     headers += ["held-out error %", "learning rate", "images/s", "wall time s"]
@@ -165,7 +165,7 @@ def epochs(run: Records) -> tuple[list[str], list[list[str]]]:
             f"{r['test_loss']:.4f}",
             f"{r['test_error']:.2f}",
             f"{r['lr']:.4g}",
-            f"{r['images_per_s']:,.0f}",
+            f"{r['images_per_s']:,.0f}" if "images_per_s" in r else None,
             f"{r['wall_s']:,.1f}",
         ]
         for r in run.epochs
@@ -180,7 +180,7 @@ def write_summary(run: Records) -> None:
     rows.writerow(_COLUMNS)
     for r in run.epochs:
         accuracy = {"eval_top1": 100 - r["test_error"], "train_top1": 100 - r["train_error"]}
-        rows.writerow({**r, **accuracy}[_COLUMNS[name]] for name in _COLUMNS)
+        rows.writerow({**r, **accuracy}.get(key) for key in _COLUMNS.values())
     temporary = run.path / f".{SUMMARY}.tmp"
     temporary.write_text(buffer.getvalue(), encoding="utf-8")
     os.replace(temporary, run.path / SUMMARY)

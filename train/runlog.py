@@ -129,7 +129,7 @@ class RunLog:
         if trained or self._evaluated:
             self._metrics.write("summary", **summary)
         self._progress.close()
-        if trained and self._root:
+        if (trained or self._evaluated) and self._root:
             self._report()
         for line in _summary_lines(summary) if self._root else ():
             self._progress.line(line)
