@@ -27,7 +27,19 @@ def two_runs_then_one_and_a_resumption(rank: int, size: int, output: str) -> Any
         group = train_runs(config(output, runs=2, name="group"), comm)
         alone = train_runs(config(output, seed=4, name="alone"), comm)
         further = config(output, runs=3, name="group", resume="auto", max_steps=3)
-        return group, alone, train_runs(further, comm)
+        whole = train_runs(further, comm)
+        only = {
+            "name": "tested",
+            "seed": 4,
+            "test_only": True,
+            "resume": f"{output}/alone",
+            "max_steps": None,
+        }
+        tested = [
+            train_runs(config(output, **only, bn_statistics=statistics), comm)
+            for statistics in ("worker0", "recomputed")
+        ]
+        return group, alone, whole, tested
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,7 @@ def test_runs_differ_by_their_seed_only(output, summaries):
 
 
 def test_a_run_of_several_is_the_run_of_its_seed(summaries):
-    group, alone, _ = summaries[0]
+    group, alone, *_ = summaries[0]
     (losses, other, theirs) = (
         [r["loss"] for r in read_metrics(Path(run["directory"]) / "metrics.jsonl") if "loss" in r]
         for run in (alone, group["runs"][0], group["runs"][1])
@@ -79,7 +91,24 @@ def test_resuming_goes_on_with_all_and_begins_what_is_missing(output, summaries)
         "seed-4",
         "seed-5",
     ]
-    assert sorted(p.name for p in output.iterdir()) == ["alone", "group"]
+    assert sorted(p.name for p in output.iterdir()) == ["alone", "group", "tested", "tested-2"]
+
+
+def test_only_evaluating_leaves_the_run_alone(output, summaries):
+    _, alone, _, tested = summaries[0]
+    assert [run["step"] for run in tested] == [2, 2]
+    assert tested[0]["accuracy_final"] == alone["accuracy_final"]
+    assert tested[0]["bn_statistics"] == "worker 0's running statistics"
+    assert tested[1]["bn_statistics"].startswith("statistics recomputed over 1424 training images")
+    assert json.loads((output / "alone" / "config.json").read_text())["test_only"] is False
+    assert not list((output / "tested").rglob("*.pt"))
+    # Two iterations are too few for a running average, so the two kinds cannot agree by chance.
+    assert tested[1]["accuracy_median"] != tested[0]["accuracy_median"]
+
+
+def test_evaluating_needs_a_checkpoint():
+    with pytest.raises(par.UsageError, match="--test-only: given without --resume"):
+        config("", test_only=True)
 
 
 def test_mean_and_deviation():

@@ -365,6 +365,12 @@ class Config:
         default=None,
         at_least=1,
     )
+    test_only: bool = _knob(
+        "run",
+        "only evaluate the checkpoint that --resume names, in a new run directory; with "
+        "--bn-statistics under either kind of statistics",
+        default=False,
+    )
     assert_top1: float | None = _knob(
         "run",
         "exit with code 3 when the held-out accuracy in percent is below this",
@@ -384,6 +390,11 @@ class Config:
             raise UsageError(
                 f"--name: given {self.name!r}, accepted: a file name without '/'; "
                 "put directories into --output-dir"
+            )
+        if self.test_only and self.resume is None:
+            raise UsageError(
+                "--test-only: given without --resume, accepted: together with --resume PATH, the "
+                "checkpoint or run to evaluate; add it"
             )
         if self.eval_resize < self.image_size:
             raise UsageError(

@@ -46,6 +46,8 @@ class Job:
     @property
     def epoch(self) -> int | None:
         """The epoch to go on with, if only by evaluating it; None when the job is done."""
+        if self.cfg.test_only:
+            return None
         step = self.state.step
         ends = step % self.steps == 0 or step >= self.last
         if ends and self.state.evaluated < step:

@@ -124,7 +124,8 @@ def run_of(file: Path) -> Path | None:
 
 
 def open_run(cfg: Config, comm: par.Communicator, resume_from: Path | None) -> Run:
-    """Collective: the directory of the checkpoint if that is a run's, else a new one.
+    """Collective: the directory of the checkpoint if that is a run's, else a new one; for
+    --test-only always a new one.
 
     Its later checkpoints, damaged or of iterations that will be run again, are set aside.
     UsageError on every rank when it cannot be written.
@@ -147,7 +148,7 @@ def open_group(cfg: Config, comm: par.Communicator) -> Run:
 def _directory(cfg: Config, resume_from: Path | None) -> Path:
     root = Path(cfg.output_dir)
     try:
-        if resume_from and (run := run_of(resume_from)):
+        if resume_from and not cfg.test_only and (run := run_of(resume_from)):
             if not os.access(run, os.W_OK):
                 raise PermissionError(13, "Permission denied", str(run))
             for later in checkpoint_files(run):

@@ -110,7 +110,8 @@ class RunLog:
     def finish(self, test: Evaluation) -> dict[str, Any]:
         """Write the summary and the pictures; the summary has the same accuracy on every rank."""
         job = self._job
-        errors = [error for _, error in sorted(job.state.errors.items())] or [test.error]
+        before = {} if job.cfg.test_only else job.state.errors
+        errors = [error for _, error in sorted(before.items())] or [test.error]
         trained = job.meter.steps > 0
         summary = {
             "step": job.state.step,
@@ -126,7 +127,7 @@ class RunLog:
             "communication": job.meter.communication() if trained and self._root else None,
             "directory": str(self._run.path) if self._root else None,
         }
-        if trained or self._evaluated:
+        if trained or self._evaluated or job.cfg.test_only:
             self._metrics.write("summary", **summary)
         self._progress.close()
         if (trained or self._evaluated) and self._root:
@@ -185,6 +186,7 @@ class RunLog:
         ]
         if self._run.resumed_from:
             done = "" if job.state.step < job.last else "; nothing left to do"
+            done = "; only to be evaluated" if cfg.test_only else done
             lines.append(
                 f"resumed    {self._run.resumed_from} at iteration {job.state.step} of "
                 f"{job.last}{done}"
