@@ -22,6 +22,8 @@ COMMANDS = {
     "classify": "train an image classifier with the paper's recipe",
     "compare": "set runs side by side on one page, with mean and deviation over seeds",
     "report": "draw a run's pictures and report.html again, from its records",
+    "data-bench": "compare the loader's images/s with what the model needs",
+    "prepare": "make tar shards of a folder of images",
     "export": "write a run's weights as safetensors",
 }
 DONE, FAILED, USAGE, MISSED = range(4)

@@ -55,35 +55,21 @@ class Files(Dataset[Loaded]):
         loading: Loading,
     ) -> None:
         self.normalisation: Normalisation | None = normalisation
-        self._source, self._decode, self._transform = source, decoder, transform
-        self._loading = loading
+        self.source, self.decode, self.transform = source, decoder, transform
+        self.loading = loading
         self._reported: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._source.labels)
+        return len(self.source.labels)
 
     def load(self, requests: Iterable[Request], pin_memory: bool = False) -> Iterator[Loaded]:
-        workers = self._loading.workers
-        loader: Any = DataLoader(
-            self,
-            sampler=requests,
-            batch_size=None,  # a request is a batch
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=self._loading.ahead if workers else None,
-            worker_init_fn=_prepare_worker,
-            pin_memory=pin_memory,
-            # Else it would take its seed from torch's own generator, a part of the checkpoint.
-            generator=torch.Generator(),
-            # A worker starts in milliseconds and shares the index; the core closes what is its own.
-            multiprocessing_context="fork" if workers else None,
-        )
-        for loaded in loader:
+        loading = self.loading
+        for loaded in in_workers(self, requests, loading.workers, loading.ahead, pin_memory):
             self._judge(loaded.unreadable)
             yield loaded
 
     def __getitem__(self, request: Request) -> Loaded:
-        pixels = torch.empty((len(request.ids), *self._transform.shape), dtype=torch.uint8)
+        pixels = torch.empty((len(request.ids), *self.transform.shape), dtype=torch.uint8)
         labels = torch.empty(len(request.ids), dtype=torch.int64)
         unreadable: list[str] = []
         with _one_thread():
@@ -101,28 +87,50 @@ class Files(Dataset[Loaded]):
         for candidate in range(image, image + GIVE_UP_AFTER):
             candidate %= len(self)
             try:
-                rgb = self._decode(self._source.read(candidate))
+                rgb = self.decode(self.source.read(candidate))
             except (Unreadable, OSError) as error:
-                unreadable.append(f"{self._source.path(candidate)}: {error}")
+                unreadable.append(f"{self.source.path(candidate)}: {error}")
                 if draw is None:
                     out.zero_()
                     return UNREADABLE
             else:
-                out.copy_(self._transform(rgb, draw, candidate))
-                return int(self._source.labels[candidate])
+                out.copy_(self.transform(rgb, draw, candidate))
+                return int(self.source.labels[candidate])
         raise UnreadableImageError(
-            f"{GIVE_UP_AFTER} images in a row cannot be read, from {self._source.path(image)} on"
+            f"{GIVE_UP_AFTER} images in a row cannot be read, from {self.source.path(image)} on"
         )
 
     def _judge(self, unreadable: tuple[str, ...]) -> None:
         for message in unreadable:
-            if not self._loading.skip_unreadable:
+            if not self.loading.skip_unreadable:
                 raise UnreadableImageError(
                     f"cannot read the image {message}; replace it, or give --corrupt-images skip"
                 )
             if message not in self._reported:
                 self._reported.add(message)
                 log.warning("skipped: cannot read the image %s", message)
+
+
+def in_workers(
+    items: Any, requests: Iterable[Any], workers: int, ahead: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """items[request] for each request, in order, by that many processes (0: here)."""
+    return iter(
+        DataLoader(
+            items,
+            sampler=requests,
+            batch_size=None,  # a request is a whole batch
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
+            worker_init_fn=_prepare_worker,
+            pin_memory=pin_memory,
+            # Else it would take its seed from torch's own generator, a part of the checkpoint.
+            generator=torch.Generator(),
+            # A worker starts in milliseconds and shares the index; the core closes what is its own.
+            multiprocessing_context="fork" if workers else None,
+        )
+    )
 
 
 @contextlib.contextmanager

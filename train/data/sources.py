@@ -20,6 +20,7 @@ from pyallreduce import UsageError
 SPLITS = ("train", "val")
 INDEX = "index.npz"
 FORMAT = 1
+COLUMNS = ("labels", "shards", "offsets", "lengths")
 
 
 class Source(Protocol):
@@ -128,7 +129,7 @@ def open_both(path: Path) -> Opened:
     if (path / INDEX).exists():
         return _open_shards(path)
     train, val = (open_folder(path / split) for split in SPLITS)
-    _check_same_classes(train.classes, val.classes, path)
+    check_same_classes(train.classes, val.classes, path)
     return Opened(train, val, "class folders")
 
 
@@ -185,7 +186,7 @@ def _shards(path: Path, split: str, meta: dict[str, Any], arrays: dict[str, np.n
     for file, size in zip(files, meta["bytes"][split], strict=True):
         if file.stat().st_size != size:
             raise ValueError(f"{file.name} has {file.stat().st_size} bytes instead of {size}")
-    columns = (arrays[f"{split}_{name}"] for name in ("labels", "shards", "offsets", "lengths"))
+    columns = (arrays[f"{split}_{name}"] for name in COLUMNS)
     part = Shards(files, tuple(meta["classes"]), *columns)
     counts = {len(c) for c in (part.labels, part.shards, part.offsets, part.lengths)}
     if counts != {meta["images"][split]} or counts == {0}:
@@ -193,7 +194,7 @@ def _shards(path: Path, split: str, meta: dict[str, Any], arrays: dict[str, np.n
     return part
 
 
-def _check_same_classes(train: Sequence[str], val: Sequence[str], path: Path) -> None:
+def check_same_classes(train: Sequence[str], val: Sequence[str], path: Path) -> None:
     if train == val:
         return
     missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
