@@ -31,6 +31,8 @@ from train.data.sources import (
     open_folder,
 )
 
+MIB = 1 << 20
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -156,14 +158,14 @@ def _write_shards(part: Part, images: Iterator[Prepared], stem: Path, args: Any)
             open(path, "xb") as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
         ):
-            while image and file.tell() < args.shard_mib << 20:
+            while image and file.tell() < args.shard_mib * MIB:
                 info = tarfile.TarInfo(image.name)  # no time, no owner: equal images, equal files
                 info.size = len(image.data)
                 tar.addfile(info, io.BytesIO(image.data))
                 offset = file.tell() - -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 part.rows.append((image.label, len(part.files) - 1, offset, info.size))
                 image = next(images, None)
-        print(f"{path}  {path.stat().st_size / 2**20:,.1f} MiB", flush=True)
+        print(f"{path}  {path.stat().st_size / MIB:,.1f} MiB", flush=True)
 
 
 def _write_index(output: Path, classes: Sequence[str], parts: dict[str, Part], args: Any) -> None:

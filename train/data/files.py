@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import logging
 import signal
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -115,8 +116,10 @@ def in_workers(
     items: Any, requests: Iterable[Any], workers: int, ahead: int, pin_memory: bool = False
 ) -> Iterator[Any]:
     """items[request] for each request, in order, by that many processes (0: here)."""
-    return iter(
-        DataLoader(
+    with warnings.catch_warnings():
+        # More processes than cores: said anew in each epoch; data-bench measures what is best.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: Any = DataLoader(
             items,
             sampler=requests,
             batch_size=None,  # a request is a whole batch
@@ -130,7 +133,7 @@ def in_workers(
             # A worker starts in milliseconds and shares the index; the core closes what is its own.
             multiprocessing_context="fork" if workers else None,
         )
-    )
+    return iter(loader)
 
 
 @contextlib.contextmanager

@@ -166,7 +166,8 @@ def open_folder(root: Path) -> Folder:
 
 def _open_shards(path: Path) -> Opened:
     try:
-        with np.load(path / INDEX, allow_pickle=False) as index:
+        # A file of our own: numpy leaves its one open when the zip in it is damaged.
+        with open(path / INDEX, "rb") as file, np.load(file, allow_pickle=False) as index:
             meta = json.loads(str(index["meta"]))
             arrays = {name: index[name] for name in index.files if name != "meta"}
         if meta["format"] != FORMAT:
