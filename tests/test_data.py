@@ -424,7 +424,7 @@ def test_wrong_input_is_exit_code_2_and_one_line(folder):
 
 
 def test_a_missing_data_path_is_asked_for():
-    with pytest.raises(par.UsageError, match="--data-path: missing.*or --synthetic"):
+    with pytest.raises(par.UsageError, match=r"--data-path: missing.*or --synthetic"):
         data.load(config(), Alone())
 
 

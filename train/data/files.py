@@ -133,7 +133,7 @@ def in_workers(
             # A worker starts in milliseconds and shares the index; the core closes what is its own.
             multiprocessing_context="fork" if workers else None,
         )
-    return iter(loader)
+        return iter(loader)
 
 
 @contextlib.contextmanager
