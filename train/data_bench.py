@@ -24,6 +24,7 @@ from train.config import Config, parse
 from train.data.files import Files
 from train.data.images import Draw
 from train.data.sources import Folder
+from train.precision import Precision, choose_device, wide
 
 ROUNDS = 3
 ROUND_S = 3.0
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
                 "the ranks of a host, or give --workers the share of one"
             )
         dataset = data.load(cfg, comm)
+        precision = Precision(cfg, choose_device(cfg.device, comm))
     print_line = (lambda text: None) if cfg.json else print
     print_line(f"data    {cfg.dataset}: {dataset.description}")
     stages = _stages(dataset.train) if isinstance(dataset.train, Files) else None
@@ -50,8 +52,10 @@ def main(argv: Sequence[str]) -> int:
     rates = _in_turns(_loaders(cfg, dataset), _ahead(dataset))
     for name, rate in rates.items():
         print_line(f"{'loader' if name == OURS else 'other':7} {_rate_line(name, rate)}")
-    needed = _model_rate(cfg, dataset)
-    print_line(f"model   {cfg.model}, n = {cfg.batch_size}: needs {needed:,.1f} images/s here")
+    needed = _model_rate(cfg, dataset, precision)
+    print_line(
+        f"model   {cfg.model}, n = {cfg.batch_size}, {precision}: needs {needed:,.1f} images/s"
+    )
     print_line(f"verdict {_verdict(rates[OURS]['images_per_s'], needed)}")
     if cfg.json:
         print(
@@ -62,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
                     "cores": _cores(),
                     "image_ms": stages,
                     "loaders": rates,
+                    "model": f"{cfg.model}, n = {cfg.batch_size}, {precision}",
                     "model_images_per_s": needed,
                 }
             )
@@ -183,18 +188,23 @@ def _stages(files: Files) -> Rate:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _model_rate(cfg: Config, dataset: data.Dataset) -> float:
+def _model_rate(cfg: Config, dataset: data.Dataset, precision: Precision) -> float:
     """Images/s of forward, backward and update, the data being there: what the loader must give."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.build(cfg.model, dataset.num_classes).to(device).train()
+    device = precision.device
+    model = precision.place(models.build(cfg.model, dataset.num_classes)).train()
+    precision.compile(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=cfg.momentum, nesterov=True)
-    images = torch.randn(cfg.batch_size, *dataset.shape, device=device)
     labels = torch.arange(cfg.batch_size, device=device) % dataset.num_classes
+    noise = torch.randn(cfg.batch_size, *dataset.shape, device=device)
+    ((images, labels),) = precision.arranged([(noise, labels)])
 
     def step() -> float:
         started = time.perf_counter()
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        with precision.autocast():
+            logits = model(images)
+        precision.scaler.scale(cross_entropy(wide(logits), labels)).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
         optimizer.zero_grad(set_to_none=False)
         if device.type == "cuda":
             torch.cuda.synchronize()
