@@ -676,6 +676,33 @@ def test_loader_processes_outlive_signals_and_end_with_their_rank(folder):
         assert within(5, lambda: not any(map(running, workers)))
 
 
+ENDING = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_data import data, load
+batches = data.batches(load(Path({folder!r}), workers=2).train, seed=0, epoch=0, workers=(0,), k=1,
+                       batch_size=2, steps=range(12))
+next(batches)
+cycle = [batches]
+cycle.append(cycle)
+"""
+
+
+def test_a_loader_that_nobody_finished_does_not_hold_up_the_end(folder):
+    root = Path(__file__).parent
+    script = ENDING.format(tests=str(root), folder=str(folder))
+    environment = {**os.environ, "PYTHONPATH": str(root.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=files.OUTLIVE_SIGTERM_S / 2,  # as long as the workers would have lived
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # The bench.
 
 

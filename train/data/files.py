@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
 import logging
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -112,10 +114,21 @@ class Files(Dataset[Loaded]):
                 log.warning("skipped: cannot read the image %s", message)
 
 
+_open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
 def in_workers(
     items: Any, requests: Iterable[Any], workers: int, ahead: int, pin_memory: bool = False
 ) -> Iterator[Any]:
     """items[request] for each request, in order, by that many processes (0: here)."""
+    answers = _answers(items, requests, workers, ahead, pin_memory)
+    _open.add(answers)
+    return answers
+
+
+def _answers(
+    items: Any, requests: Iterable[Any], workers: int, ahead: int, pin_memory: bool
+) -> Generator[Any, None, None]:
     with warnings.catch_warnings():
         # More processes than cores: said anew in each epoch; data-bench measures what is best.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -133,7 +146,17 @@ def in_workers(
             # A worker starts in milliseconds and shares the index; the core closes what is its own.
             multiprocessing_context="fork" if workers else None,
         )
-        return iter(loader)
+        answers = iter(loader)
+    # Anew behind torch's own registration, so that it runs before that one.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    yield from answers
+
+
+def _close_all() -> None:
+    """At exit. Python would send its children SIGTERM, which ours outlive, and wait for them."""
+    for answers in list(_open):
+        answers.close()
 
 
 @contextlib.contextmanager
