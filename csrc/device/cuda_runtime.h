@@ -125,6 +125,7 @@ class Event {
   Event& operator=(const Event&) = delete;
   ~Event();
 
+  CudaEvent get() const { return event_; }
   void record(CudaStream stream) { cuda_.event_record(event_, stream); }
   // Whether the stream has passed the mark. Throws what has broken the device, if something has.
   bool has_passed() const;

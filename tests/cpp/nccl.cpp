@@ -52,7 +52,8 @@ struct Rank {
 
   Call next(double timeout_s = 30) {
     Call call = calls.next(timeout_s);
-    call.stream = stream.get();
+    ready.record(stream.get());
+    call.ready = ready.get();
     return call;
   }
 
@@ -61,6 +62,7 @@ struct Rank {
   Span span() { return {memory.data(), memory.size(), DType::kFloat32}; }
 
   Stream stream;
+  Event ready{cuda(), Event::Timing::kNo};
   NcclGroup group;
   Calls calls;
 };
@@ -491,7 +493,8 @@ void a_group_splits_by_color() {
     std::vector<float> data(100, float(1 << me));
     Calls calls;
     Call call = calls.next();
-    call.stream = rank.stream.get();
+    rank.ready.record(rank.stream.get());
+    call.ready = rank.ready.get();
     group->all_reduce({data.data(), 100, DType::kFloat32}, Op::kSum, call);
     group->wait_on(rank.stream.get());
     rank.group.all_reduce({data.data(), 100, DType::kFloat32}, Op::kSum, rank.next());
