@@ -16,7 +16,8 @@ from pyallreduce._buffer import DTYPES
 from pyallreduce.buckets import Bucket, view_of
 from pyallreduce.communicator import Communicator
 from pyallreduce.errors import UsageError
-from pyallreduce.sgd import SGD, change_of_unit, momentum_lr_of, scalars_of
+from pyallreduce.sgd import SGD
+from pyallreduce.sgd_rule import change_of_unit, momentum_lr_of, scalars_of
 
 
 class _Place:
