@@ -219,7 +219,8 @@ class SGD(torch.optim.Optimizer):
         if change == 1.0:
             return
         for param in group["params"]:
-            if param.grad is None and param in self.state:
+            # Who has looked for a state has made an empty one.
+            if param.grad is None and "momentum_buffer" in self.state.get(param, {}):
                 self.state[param]["momentum_buffer"].mul_(change)
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:

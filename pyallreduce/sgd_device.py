@@ -44,6 +44,7 @@ class DeviceSgd:
         self._tables: dict[torch.dtype, Table] = {}
         self._rates: dict[int, torch.Tensor] = {}  # by group: float32
         self._units: dict[int, torch.Tensor] = {}  # float64; 0: none yet
+        self._next_units: dict[int, float] = {}  # of rules made since close(), that the host knows
 
     def step(
         self,
@@ -88,6 +89,8 @@ class DeviceSgd:
         lr, corrected = group["lr"], is_corrected(group)
         lies_there = isinstance(lr, torch.Tensor) and gpu.of(lr) is not None
         if not lies_there and not (corrected and (is_gated or g in self._units)):
+            if group["form"] == "absorbed":
+                self._next_units[g] = momentum_lr_of(group)
             return _core.kernels.UpdateRule(scalars_of(group), change_of_unit(group))
         if lies_there and lr.dtype != torch.float32:
             raise UsageError(f"a learning rate on the device is {lr.dtype}; float32 is needed")
@@ -144,9 +147,9 @@ class DeviceSgd:
         """After an iteration's last update: units of momentum become those that it has used."""
         if self._units:
             self.gpu.launch("close_step", rules, **gate)
-        for g, group in enumerate(groups):
-            if group["form"] == "absorbed" and g not in self._units:
-                group["momentum_lr"] = momentum_lr_of(group)
+        for g, unit in self._next_units.items():
+            groups[g]["momentum_lr"] = unit
+        self._next_units.clear()
 
     def read_units(self, groups: list[Group]) -> None:
         """Into the groups, for a state that is saved. Waits for the device."""
