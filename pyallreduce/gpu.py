@@ -4,6 +4,7 @@ why ``of`` is the only way to one."""
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,6 +42,18 @@ class Gpu:
     def stream(self) -> int:
         """The handle of the stream that the calling thread queues its work on."""
         return torch.cuda.current_stream(self.index).cuda_stream
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """Another current stream, for a thread whose waits must not hold back what others compute."""
+        return torch.cuda.stream(self._aside)
+
+    @functools.cached_property
+    def _aside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.index)
+
+    def future(self) -> torch.futures.Future[Any]:
+        """Complete when the device will be: who waits for it is held back there."""
+        return torch.futures.Future(devices=[torch.device("cuda", self.index)])
 
     def settle(self) -> None:
         """What has been queued may run while the host goes on."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,12 @@ class MockedGpu(gpu.Gpu):
     def stream(self) -> int:
         return 0  # the default stream of the mock
 
+    def aside(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def future(self) -> torch.futures.Future[Any]:
+        return torch.futures.Future()
+
     def settle(self) -> None:
         self.num_settled += 1
         if self._device is None:
@@ -110,8 +118,8 @@ class MockedGpu(gpu.Gpu):
         return any(begin <= tensor.data_ptr() < end for begin, end in self._spans)
 
 
-def install() -> MockedGpu:
-    """From now on, in this process, tensors that were put on it count as CUDA tensors."""
+def install(everything: bool = False) -> MockedGpu:
+    """From now on, in this process, tensors that were put on it count as CUDA tensors; or all do."""
     mocked = MockedGpu()
-    gpu.of = lambda tensor: mocked if mocked.holds(tensor) else None  # type: ignore[assignment]
+    gpu.of = lambda tensor: mocked if everything or mocked.holds(tensor) else None
     return mocked

@@ -274,3 +274,51 @@ def test_a_death_is_told_by_name_and_weights_count_as_torn(update: str, mocks: P
     outcomes = outcomes_of(3, _one_dies, update, env=mocked.environment(mocks), deadline_s=40)
     for outcome in (outcomes[0], outcomes[2]):
         assert outcome.value == ((1,), True), outcome.trace
+
+
+def _ddp(rank: int, n: int, hook_name: str) -> list[torch.Tensor]:
+    """Gradients of two iterations; the second finds the buckets that DDP has made after the first."""
+    import os
+
+    import torch.distributed as dist
+
+    gpu = mocked.install(everything=True)
+    dist.init_process_group("gloo", rank=rank, world_size=n)
+    comm = par.init(30.0)
+    torch.manual_seed(0)
+    module = nn.parallel.DistributedDataParallel(
+        nn.Sequential(nn.Linear(20, 300), nn.ReLU(), nn.Linear(300, 7)), bucket_cap_mb=0.01
+    )
+    module.register_comm_hook(comm, getattr(par, hook_name))
+    for _ in range(2):
+        module.zero_grad()
+        torch.manual_seed(rank)
+        module(torch.randn(8, 20)).square().mean().backward()
+    assert gpu.num_settled > 2  # the hook has gone by the device
+    reference = copy.deepcopy(module.module)
+    reference.zero_grad()
+    for r in range(n):
+        torch.manual_seed(r)
+        (reference(torch.randn(8, 20)).square().mean() / n).backward()
+    loose = hook_name != "allreduce_hook"
+    for param, other in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(
+            param.grad, other.grad, rtol=1e-2 if loose else 1e-5, atol=1e-3 if loose else 1e-6
+        )
+    grads = [param.grad for param in module.parameters()]
+    if rank == n - 1:
+        os._exit(0)  # in the middle of training
+    loss = module(torch.randn(8, 20)).square().mean()
+    with pytest.raises(par.PeerError):
+        loss.backward()
+    comm.close()
+    return grads
+
+
+@pytest.mark.parametrize("hook", ["allreduce_hook", "bf16_compress_hook", "fp16_compress_hook"])
+def test_ddp_with_the_hook(hook: str, mocks: Path) -> None:
+    outcomes = outcomes_of(3, _ddp, hook, env=mocked.environment(mocks), deadline_s=60)
+    assert outcomes[0].value is not None, outcomes[0].trace
+    assert outcomes[1].value is not None, outcomes[1].trace
+    for one, other in zip(outcomes[0].value, outcomes[1].value, strict=True):
+        assert torch.equal(one, other)
