@@ -11,7 +11,6 @@ from typing import TextIO
 
 import pytest
 import torch
-from mocked import build_mocks
 
 DEADLINE_S = 120.0
 _stderr = pytest.StashKey[TextIO]()
@@ -58,6 +57,8 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def mocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the libraries that stand for NCCL and the CUDA runtime."""
+    from mocked import build_mocks
+
     return build_mocks(tmp_path_factory.mktemp("mock"))
 
 
