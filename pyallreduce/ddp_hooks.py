@@ -114,12 +114,16 @@ def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
     if completer is None:
         _check_ddp(comm)
         completer = _completers[comm] = _Completer(comm)
-    work = comm.all_reduce(grads, op="avg", async_op=True)
+    where = gpu.of(grads)
+    # Where our kernels are not compiled in, torch divides.
+    divides = where is None or comm.on_device(where).has_kernels
+    work = comm.all_reduce(grads, op="avg" if divides else "sum", async_op=True)
     assert work is not None
     if torch._C._current_graph_task_id() != -1:  # in Join, hooks run outside of backward
         # At the end of backward, before DDP looks at the futures: these would turn an error into a RuntimeError.
         Variable._execution_engine.queue_callback(work.wait)
-    return completer.complete(work, grads)
+    averaged = completer.complete(work, grads)
+    return averaged if divides else averaged.then(lambda f: f.value().div_(comm.size))
 
 
 def _check_ddp(comm: Communicator) -> None:

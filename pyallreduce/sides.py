@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from pyallreduce import _core, clipping, gpu
-from pyallreduce._buffer import span_of
+from pyallreduce._buffer import OPS, span_of
 from pyallreduce.buckets import Bucket
 from pyallreduce.communicator import Communicator
 from pyallreduce.errors import Error, UsageError
@@ -93,6 +93,7 @@ class DeviceSide:
     def __init__(self, comm: Communicator, where: gpu.Gpu) -> None:
         self._comm, self._where = comm, where
         self.device = comm.on_device(where)
+        self._undivided: list[Bucket] = []  # without our kernels torch divides, after wait()
         comm.broadcast(where.empty(1, torch.uint8))  # makes NCCL's communicator, if there is none
 
     @property
@@ -113,6 +114,9 @@ class DeviceSide:
         self, bucket: Bucket, op: _core.Op, layout: int, wants_norm: bool, subject: str
     ) -> _core.DeviceWork:
         address, numel, dtype, _ = span_of(bucket.flat)
+        if op is OPS["avg"] and not self.device.has_kernels:
+            op = OPS["sum"]
+            self._undivided.append(bucket)
         work = self.device.aggregate(
             address, numel, dtype, op, layout, subject, self._where.stream()
         )
@@ -124,6 +128,9 @@ class DeviceSide:
             work.wait_launched()
         self.device.hold_back(self._where.stream())
         self._where.settle()
+        for bucket in self._undivided:
+            bucket.flat[: bucket.flags_begin].div_(self._comm.size)
+        self._undivided.clear()
 
     def nonfinite_of(self, work: _core.DeviceWork) -> None:
         return None

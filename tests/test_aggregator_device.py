@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pyallreduce as par
+from pyallreduce import _core
 from ranks import outcomes_of, run_ranks
 
 RATES = [0.5, 0.5, 0.25, 0.125]  # exact in float32
@@ -125,6 +126,24 @@ def _trains_alike(rank: int, n: int, ways: list[dict[str, Any]]) -> None:
 def test_trains_as_on_the_host(part: int, mocks: Path) -> None:
     """Two ranks: their sum has one order. Parameters that some ranks, or all, leave out included."""
     run_mocked(mocks, 2, _trains_alike, WAYS[part::3])
+
+
+def _trains_without_kernels(rank: int, n: int) -> None:
+    """As installed without nvcc: torch divides, and a torch optimizer updates."""
+    gpu = mocked.install()
+    _core.Device.has_kernels = property(lambda self: False)  # type: ignore[assignment]
+    comm = par.init(30.0)
+    both = Twice(comm, gpu)
+    both.optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in both.modules]
+    for _ in range(3):
+        both.backward()
+        both.step()
+        both.assert_equal()
+    comm.close()
+
+
+def test_averages_without_our_kernels(mocks: Path) -> None:
+    run_mocked(mocks, 2, _trains_without_kernels)
 
 
 def _accumulates(rank: int, n: int) -> None:
@@ -276,13 +295,15 @@ def test_a_death_is_told_by_name_and_weights_count_as_torn(update: str, mocks: P
         assert outcome.value == ((1,), True), outcome.trace
 
 
-def _ddp(rank: int, n: int, hook_name: str) -> list[torch.Tensor]:
+def _ddp(rank: int, n: int, hook_name: str, kernels: bool) -> list[torch.Tensor]:
     """Gradients of two iterations; the second finds the buckets that DDP has made after the first."""
     import os
 
     import torch.distributed as dist
 
     gpu = mocked.install(everything=True)
+    if not kernels:
+        _core.Device.has_kernels = property(lambda self: False)  # type: ignore[assignment]
     dist.init_process_group("gloo", rank=rank, world_size=n)
     comm = par.init(30.0)
     torch.manual_seed(0)
@@ -315,9 +336,17 @@ def _ddp(rank: int, n: int, hook_name: str) -> list[torch.Tensor]:
     return grads
 
 
-@pytest.mark.parametrize("hook", ["allreduce_hook", "bf16_compress_hook", "fp16_compress_hook"])
-def test_ddp_with_the_hook(hook: str, mocks: Path) -> None:
-    outcomes = outcomes_of(3, _ddp, hook, env=mocked.environment(mocks), deadline_s=60)
+@pytest.mark.parametrize(
+    ("hook", "kernels"),
+    [
+        ("allreduce_hook", True),
+        ("allreduce_hook", False),
+        ("bf16_compress_hook", True),
+        ("fp16_compress_hook", True),
+    ],
+)
+def test_ddp_with_the_hook(hook: str, kernels: bool, mocks: Path) -> None:
+    outcomes = outcomes_of(3, _ddp, hook, kernels, env=mocked.environment(mocks), deadline_s=60)
     assert outcomes[0].value is not None, outcomes[0].trace
     assert outcomes[1].value is not None, outcomes[1].trace
     for one, other in zip(outcomes[0].value, outcomes[1].value, strict=True):
