@@ -95,8 +95,9 @@ class DeviceSgd:
         if lies_there and lr.dtype != torch.float32:
             raise UsageError(f"a learning rate on the device is {lr.dtype}; float32 is needed")
         if not lies_there:
-            rate = self._rates.setdefault(g, self.gpu.empty(1, torch.float32))
-            lr = rate.fill_(float(lr))
+            if g not in self._rates:
+                self._rates[g] = self.gpu.empty(1, torch.float32)
+            lr = self._rates[g].fill_(float(lr))
         if corrected and g not in self._units:
             unit = self.gpu.empty(1, torch.float64)
             self._units[g] = unit.fill_(group["momentum_lr"] or 0.0)

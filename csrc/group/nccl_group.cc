@@ -43,8 +43,10 @@ void NcclGroup::connect(const Call& call) {
 
 NcclGroup::~NcclGroup() { leave(); }
 
-void NcclGroup::fail(const Error& cause) {
-  watch_->end_by(std::make_exception_ptr(Error(cause.what(), cause.peers(), cause.cause())));
+void NcclGroup::fail(const Error& cause) try {
+  throw_error(cause.cause(), cause.what(), cause.peers());
+} catch (const Error&) {
+  watch_->end_by(std::current_exception());  // of the type that the cause names
 }
 
 void NcclGroup::leave() {

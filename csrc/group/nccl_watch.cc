@@ -214,6 +214,9 @@ void NcclWatch::retire() {
 // The watching thread
 
 void NcclWatch::run() {
+  // Or a look at an event would break the capture of a graph in another thread.
+  int mode = kCudaCaptureModeRelaxed;
+  cuda_.exchange_capture_mode.status(&mode);
   Lock lock(mutex_);
   while (!closing_ && !first_error_) {
     changed_.wait(lock, [&] { return closing_ || first_error_ || !flights_.empty(); });

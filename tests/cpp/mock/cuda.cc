@@ -20,7 +20,7 @@ namespace mock {
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kInsufficientDriver = 35, kNoDevice = 100,
-              kInvalidDevice = 101, kNotReady = 600;
+              kInvalidDevice = 101, kNotReady = 600, kCaptureUnsupported = 900, kRelaxed = 2;
 
 struct Order {
   std::string function;
@@ -34,7 +34,7 @@ struct Orders {
   std::map<std::string, int> calls;
   std::map<int, int> async_errors;
   double delay_s = 0, abort_delay_s = 0;
-  bool lazy = false;
+  bool lazy = false, capturing = false;
   int version = 23007, num_devices = 8;
 };
 
@@ -138,6 +138,7 @@ EventState& state_of(void* event) { return **static_cast<Event*>(event); }
 
 thread_local int device = 0;
 thread_local int latest_error = kSuccess;
+thread_local int capture_mode = 0;  // "global", as every thread begins
 
 int answer(int status) {
   if (status != kSuccess) latest_error = status;
@@ -265,6 +266,8 @@ MOCK_EXPORT int cudaEventRecord(void* event, void* stream) {
 }
 MOCK_EXPORT int cudaEventQuery(void* event) {
   OBEY("cudaEventQuery");
+  if (capture_mode != kRelaxed && locked([](Orders& all) { return all.capturing; }))
+    return answer(kCaptureUnsupported);
   EventState& state = state_of(event);
   const std::lock_guard lock(state.mutex);
   return state.passed >= state.recorded ? kSuccess : answer(kNotReady);
@@ -299,6 +302,11 @@ MOCK_EXPORT int cudaFreeHost(void* memory) {
   std::free(memory);
   return kSuccess;
 }
+MOCK_EXPORT int cudaThreadExchangeStreamCaptureMode(int* mode) {
+  OBEY("cudaThreadExchangeStreamCaptureMode");
+  std::swap(capture_mode, *mode);
+  return kSuccess;
+}
 MOCK_EXPORT int cudaGetLastError() { return std::exchange(latest_error, kSuccess); }
 MOCK_EXPORT const char* cudaGetErrorString(int status) {
   switch (status) {
@@ -327,7 +335,7 @@ constexpr MockControl kControl = {
             all.calls.clear();
             all.async_errors.clear();
             all.delay_s = all.abort_delay_s = 0;
-            all.lazy = false;
+            all.lazy = all.capturing = false;
             all.version = 23007;
             all.num_devices = 8;
           });
@@ -352,6 +360,8 @@ constexpr MockControl kControl = {
         [](const char* function) {
           return locked([&](Orders& all) { return all.calls[function]; });
         },
+    .set_capturing =
+        [](bool capturing) { locked([&](Orders& all) { all.capturing = capturing; }); },
     .launch = [](void* stream, void (*kernel)(void*),
                  void* argument) { enqueue(stream, [=] { kernel(argument); }); },
 };
