@@ -114,9 +114,14 @@ def _trains_alike(rank: int, n: int, ways: list[dict[str, Any]]) -> None:
         for skips in (False, True):
             both = Twice(comm, gpu, **way)
             for i, lr in enumerate(RATES):
+                versions = [p._version for p in both.modules[1].parameters()]
                 both.backward(skips and rank % 2 == 1)
                 both.step(lr, set_to_none=i % 2 == 1)
                 both.assert_equal()
+                # Autograd must notice that saved weights were written.
+                weight = both.modules[1].head.weight
+                place = [p is weight for p in both.modules[1].parameters()].index(True)
+                assert weight._version > versions[place]
             both.close()
     comm.close()
 
