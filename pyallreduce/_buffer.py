@@ -49,7 +49,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def span_of(tensor: torch.Tensor, name: str = "tensor", *, contiguous: bool = False) -> Span:
-    """The memory of a dense CPU tensor. UsageError says what was given and what is accepted."""
+    """The memory of a dense CPU or CUDA tensor. UsageError says what was given and what is accepted."""
     # The common case first: these looks at the tensor are most of what a small collective costs in Python.
     if (
         isinstance(tensor, torch.Tensor)
@@ -65,10 +65,9 @@ def span_of(tensor: torch.Tensor, name: str = "tensor", *, contiguous: bool = Fa
 def _unusual_span_of(tensor: torch.Tensor, name: str, contiguous: bool) -> Span:
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is needed")
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
         raise UsageError(
-            f"{name} is on {tensor.device}; this communicator works on CPU tensors (CUDA is planned). "
-            "Copy it with .cpu()"
+            f"{name} is on {tensor.device}; communicators work on CPU and CUDA tensors. Copy it with .cpu()"
         )
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:

@@ -120,6 +120,130 @@ class Communicator:
 
     def close(self) -> None: ...
 
+class Mark:
+    def passed_s(self) -> float | None:
+        """When the device passed it, on the clock of now_s(); None before."""
+
+class DeviceWork:
+    """A collective on its way to a device."""
+
+    def wait(self, stream: int) -> None:
+        """Returns when all ranks have launched it; what ``stream`` does later waits for its end."""
+
+    def wait_launched(self) -> None:
+        """Returns when all ranks have launched it."""
+
+    def done(self) -> bool: ...
+    def times(self) -> tuple[float, float | None, float | None, list[float]]:
+        """Enqueued, begun and ended on the device (None: not yet), arrivals of the ranks' hosts. Once launched."""
+
+class DeviceMemory:
+    @property
+    def address(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Device:
+    """Collectives of a device's memory, in one order with those of ``comm``. ``stream``: the caller's. Errors are those
+    of Communicator; Error too where a library is missing. ``is_mocked``: device memory is host memory, for tests."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        index: int,
+        runtime_folders: Sequence[str],
+        nccl_folders: Sequence[str],
+        is_mocked: bool = False,
+    ) -> None: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def has_kernels(self) -> bool: ...
+    def all_reduce(
+        self,
+        data: int,
+        num_elems: int,
+        dtype: DType,
+        op: Op,
+        layout: int,
+        async_op: bool,
+        stream: int,
+        /,
+    ) -> DeviceWork | None: ...
+    def reduce_scatter(
+        self,
+        output: int,
+        input: int,
+        num_elems: int,
+        dtype: DType,
+        op: Op,
+        async_op: bool,
+        stream: int,
+        /,
+    ) -> DeviceWork | None: ...
+    def all_gather(
+        self,
+        output: int,
+        input: int,
+        num_elems: int,
+        dtype: DType,
+        async_op: bool,
+        stream: int,
+        /,
+    ) -> DeviceWork | None: ...
+    def broadcast(
+        self,
+        data: int,
+        num_elems: int,
+        dtype: DType,
+        root: int,
+        layout: int,
+        async_op: bool,
+        stream: int,
+        /,
+    ) -> DeviceWork | None: ...
+    def aggregate(
+        self,
+        data: int,
+        num_elems: int,
+        dtype: DType,
+        op: Op,
+        layout: int,
+        subject: str,
+        stream: int,
+        /,
+    ) -> DeviceWork:
+        """An asynchronous all_reduce whose times are kept."""
+
+    def update(
+        self,
+        table: kernels.UpdateTable,
+        image: int,
+        rules: Sequence[kernels.UpdateRule],
+        gradients: int,
+        num_elems: int,
+        dtype: DType,
+        flags_begin: int,
+        scale: float,
+        layout: int,
+        subject: str,
+        stream: int,
+        /,
+    ) -> DeviceWork:
+        """Sums all ranks' gradients, then one SGD step behind it, of pieces whose flag is not zero: gradients are
+        multiplied by ``scale`` and are zero afterwards. Keep ``table`` until it is launched."""
+
+    def hold_back(self, stream: int, /) -> None:
+        """What ``stream`` does later waits for all that was launched, updates too. Raises the first error."""
+
+    def mark(self, stream: int, /) -> Mark: ...
+    @property
+    def aborted(self) -> int:
+        """Where the word lies that is not zero once results are worthless; after the first collective."""
+
+    def allocate(self, bytes: int, /) -> DeviceMemory:
+        """Memory that NCCL has registered; after the first collective. Error if NCCL gives none."""
+
 class device:
     class _Runtime(TypedDict):
         path: str

@@ -7,6 +7,7 @@ what is left, and waits.
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import weakref
@@ -23,7 +24,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._pytree import tree_leaves
 
-from pyallreduce import _core, clipping
+from pyallreduce import clipping, gpu
 from pyallreduce._buffer import DTYPES, OPS, is_dense, span_of
 from pyallreduce.agreement import check_agreement
 from pyallreduce.buckets import (
@@ -36,9 +37,12 @@ from pyallreduce.buckets import (
 )
 from pyallreduce.communicator import Communicator
 from pyallreduce.drift import DriftSentinel
-from pyallreduce.eager import EagerUpdater, check_optimizer
+from pyallreduce.eager import EagerUpdater, Updater, check_optimizer
+from pyallreduce.eager_device import DeviceUpdater
 from pyallreduce.errors import Error, UsageError
-from pyallreduce.report import BucketRecord, Iteration, IterationRecord, NonFinite, summarise
+from pyallreduce.report import BucketRecord, Iteration, IterationRecord, NonFinite, Time, summarise
+from pyallreduce.sgd import SGD
+from pyallreduce.sides import DeviceSide, Side, side_of
 from pyallreduce.trace import open_trace
 
 
@@ -130,19 +134,19 @@ class GradientAggregator:
             "max_norm": max_norm,
             "check_every": check_every,
         }
+        if share_parameters and any(gpu.of(slot.param) for slot in self._slots):
+            raise UsageError("share_parameters=True is one copy in a host's memory: not for GPUs")
         lines = layout_lines(module, self._buckets, options)
         self._layout = layout_hash(lines)
         self._trace = open_trace(comm.rank, comm.size)
         check_agreement(comm, lines)
+        self._side: Side = side_of(comm, [slot.param for slot in self._slots])
         self._broadcast(module)
         for bucket in self._buckets:
-            bucket.allocate(comm)
-        self._updater: EagerUpdater | None = None
-        if sgd is not None:
-            scale = 1.0 / comm.size if op == "avg" else 1.0
-            self._updater = EagerUpdater(
-                comm, self._buckets, sgd, scale, is_shared=bool(share_parameters)
-            )
+            bucket.allocate(self._side.memory)
+        self._updater = self._make_updater(sgd, bool(share_parameters))
+        if isinstance(self._side, DeviceSide) and isinstance(optimizer, SGD):
+            optimizer.on_device(self._side.where).aborted = self._side.device.aborted
 
         self._sentinel = self._drift_sentinel(module, check_every)
         self._syncs = True  # False inside no_sync()
@@ -160,8 +164,12 @@ class GradientAggregator:
         self._records: list[BucketRecord] = []  # of started buckets, not yet waited for
         self._count = 0
         self._current: IterationRecord | None = None
+        self._ended: collections.deque[IterationRecord] = collections.deque()
         self._last: Iteration | None = None
-        self._forward_start_s = self._forward_end_s = self._step_start_s = 0.0
+        self._forward_start_s: Time = 0.0
+        self._forward_end_s: Time = 0.0
+        self._backward_start_s: Time = 0.0
+        self._step_start_s: Time = 0.0
         self._handles: list[Any] = self._register_hooks(module)
         self._closed = False
 
@@ -212,14 +220,19 @@ class GradientAggregator:
         exposed_comm_s, overlap_ratio, idle_s, skew_s, slowest_rank, buckets, phases; definitions in
         pyallreduce/report.py. ``nonfinite``: None, or the rank and parameter with which the first inf or NaN came into
         the aggregate (rank None: only the sum overflows; not looked for if size is 1, unless the update is eager or
-        ``max_norm`` is set). ``grad_norm``: before clipping, with ``max_norm``.
+        ``max_norm`` is set; on a GPU: never). ``grad_norm``: before clipping, with ``max_norm``.
+
+        On a GPU seconds are its own, from events on its streams, and the last iteration is the last one that it has
+        finished; torch.cuda.synchronize() makes that the last one. Exposed is what the compute stream waited for.
         """
+        self._close_records()
         return summarise(self._last, self.comm.size)
 
     @property
     def torn(self) -> bool:
-        """True if an eager iteration failed half-way: some buckets may be updated, others not."""
-        return self._torn or self._updating
+        """True if an eager iteration failed half-way: some buckets may be updated, others not. On a GPU after every
+        failure, since what had been queued by then may have used an aggregate that never came."""
+        return self._torn or self._updating or self._side.is_lost()
 
     def close(self) -> None:
         """Removes the hooks; gradients stay where they are. Local, idempotent."""
@@ -230,6 +243,7 @@ class GradientAggregator:
             handle.remove()
         if self._updater is not None:
             self._updater.detach()
+        self._close_records()
         if self._trace is not None:
             self._trace.flush()
 
@@ -266,7 +280,7 @@ class GradientAggregator:
         self._abandon_backward()
         if self._updater is not None and self._updater.is_shared:
             self._updater.check_unwritten()
-        now = self._forward_start_s = _core.now_s()
+        now = self._forward_start_s = self._side.now()
         self._expects = True
         self._open_record(now)
 
@@ -274,7 +288,7 @@ class GradientAggregator:
         if not self._is_watched(module):
             return
         assert self._current is not None
-        self._forward_end_s = _core.now_s()
+        self._forward_end_s = self._side.now()
         self._current.add("forward", self._forward_start_s, self._forward_end_s)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
@@ -304,7 +318,7 @@ class GradientAggregator:
         slot.ready = True
         bucket.pending -= 1
         if bucket.pending == 0:
-            bucket.ready_s = _core.now_s()
+            bucket.ready_s = self._side.now()
             while self._next < len(self._buckets) and self._buckets[self._next].pending == 0:
                 self._start(self._buckets[self._next])
 
@@ -333,7 +347,7 @@ class GradientAggregator:
                 raise
         self._begun, self._begun_to_sync = True, self._syncs
         self._expects = True
-        self._backward_start_s = self._forward_end_s or _core.now_s()
+        self._backward_start_s = self._forward_end_s or self._side.now()
         self._open_record(self._backward_start_s)
 
     def _end_of_backward(self) -> None:
@@ -341,7 +355,7 @@ class GradientAggregator:
         if not self._begun:  # torch.autograd.grad, for one: it accumulates nothing
             return
         assert self._current is not None
-        self._current.add("backward", self._backward_start_s, _core.now_s())
+        self._current.add("backward", self._backward_start_s, self._side.now())
         self._forward_end_s = 0.0
         self.synchronize()
         self._begun = False
@@ -350,32 +364,22 @@ class GradientAggregator:
 
     def _start(self, bucket: Bucket) -> None:
         """Submits the bucket's collective; on the autograd thread, which must not wait."""
-        now = _core.now_s()
+        ready_s = bucket.ready_s if bucket.pending == 0 else self._side.now()
         with torch.no_grad():
             bucket.announce_use()
         if self._next == 0 and self._sentinel is not None:
             self._sentinel.look()
+        layout, subject = self._layout_of(bucket), self._subject_of(bucket)
+        work: Any
         if self._updater is not None and self._max_norm is None:
             self._updating = True
-            work = self._updater.submit(bucket, self._layout_of(bucket), self._subject_of(bucket))
+            work = self._updater.submit(bucket, layout, subject)
         else:
-            address, numel, dtype, _ = span_of(bucket.flat)
-            work = self.comm.core.aggregate(
-                address,
-                numel,
-                dtype,
-                self.op,
-                self._layout_of(bucket),
-                bucket.flags_begin,
-                self._max_norm is not None,
-                self._subject_of(bucket),
-            )
-            self.comm.keep_alive(work, bucket.flat)
+            work = self._side.submit(bucket, self.op, layout, self._max_norm is not None, subject)
         if self._next == 0 and self._sentinel is not None:
             self._sentinel.gather()
         increment_version(bucket.flat)
         names = [slot.name for slot in bucket.slots]
-        ready_s = bucket.ready_s if bucket.pending == 0 else now
         self._records.append(BucketRecord(bucket.index, bucket.nbytes, names, ready_s, work))
         self._next += 1
 
@@ -392,10 +396,10 @@ class GradientAggregator:
         return f"bucket {bucket.index}, {bucket.span_of_names}, in {iteration}"
 
     def _wait(self) -> None:
-        wait_start_s = _core.now_s()
+        wait_start_s = self._side.now()
         for record in self._records:
             record.used_s = wait_start_s
-            record.work.wait()
+        self._side.wait([record.work for record in self._records])
         if self._sentinel is not None:
             self._sentinel.finish()
         if self._updater is None:
@@ -405,7 +409,7 @@ class GradientAggregator:
         if self._current is not None:
             self._current.buckets.extend(self._records)
             self._current.nonfinite = self._first_nonfinite()
-            self._current.add("wait", wait_start_s, _core.now_s())
+            self._current.add("wait", wait_start_s, self._side.now())
         if self._max_norm is not None:
             self._clip(self._max_norm)
         if self._updater is not None:
@@ -414,38 +418,30 @@ class GradientAggregator:
 
     def _first_nonfinite(self) -> NonFinite | None:
         for record in self._records:
-            if (found := record.work.findings()[1]) is not None:
+            if (found := self._side.nonfinite_of(record.work)) is not None:
                 rank, element = found
                 return NonFinite(rank, self._buckets[record.index].slot_at(element).name)
         return None
 
     def _clip(self, max_norm: float) -> None:
         """All buckets are reduced. With an eager update, its second pass."""
-        start_s = _core.now_s()
-        norm = clipping.norm_of([record.work for record in self._records])
-        is_finite = math.isfinite(norm)
-        clip = clipping.coefficient(norm, max_norm)
+        start_s = self._side.now()
+        works = [record.work for record in self._records]
+        norm: float | torch.Tensor
         if self._updater is not None:
-            if is_finite:
-                self._updating = True
-                updates = [
-                    self._updater.submit_reduced(
-                        bucket, clip, self._layout_of(bucket), self._subject_of(bucket)
-                    )
-                    for bucket in self._buckets
-                ]
-                for work in updates:
-                    work.wait()
-            else:
-                self._updater.skip()
-        elif is_finite:
-            clipping.scale_gradients(self._buckets, clip)
+            self._updating = True
+            labels = [(self._layout_of(b), self._subject_of(b)) for b in self._buckets]
+            norm = self._updater.update_clipped(max_norm, works, labels)
         else:
-            for slot in self._slots:
-                slot.param.grad = None  # every optimizer leaves weight and momentum alone then
+            norm = self._side.norm(self._buckets, works)
+            if math.isfinite(norm):
+                self._side.scale(self._buckets, clipping.coefficient(norm, max_norm))
+            else:
+                for slot in self._slots:
+                    slot.param.grad = None  # every optimizer leaves weight and momentum alone then
         if self._current is not None:
-            self._current.grad_norm = norm if is_finite else None
-            self._current.add("update", start_s, _core.now_s())
+            self._current.grad_norm = norm
+            self._current.add("update", start_s, self._side.now())
 
     def _begin_anew(self) -> None:
         for bucket in self._buckets:
@@ -462,7 +458,7 @@ class GradientAggregator:
         self._torn = self.torn
         for record in self._records:  # they may still read and write the buckets
             with suppress(Error):  # which the next backward raises again
-                record.work.wait()
+                self._side.wait([record.work])
         self._attempt += self._begun_to_sync
         self._begun = False
         self._begin_anew()
@@ -475,7 +471,14 @@ class GradientAggregator:
         ours = {slot.param for slot in self._slots}
         return any(param in ours for group in optimizer.param_groups for param in group["params"])
 
-    def _open_record(self, now: float) -> None:
+    def _close_records(self) -> None:
+        """Of iterations that are over, on the device too."""
+        while self._ended and self._ended[0].is_over():
+            self._last = self._ended.popleft().finished()
+            if self._trace is not None:
+                self._trace.add(self._last)
+
+    def _open_record(self, now: Time) -> None:
         if self._current is None:
             self._count += 1
             self._current = IterationRecord(self._count, now)
@@ -488,7 +491,7 @@ class GradientAggregator:
                 "max_norm has clipped gradients that GradScaler had scaled; leave max_norm out, and call "
                 "scaler.unscale_(opt) and clip_grad_norm_ before scaler.step(opt)"
             )
-        self._step_start_s = _core.now_s()
+        self._step_start_s = self._side.now()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_ours(optimizer):
@@ -496,11 +499,11 @@ class GradientAggregator:
         self._num_steps += 1
         if self._current is None:
             return
-        now = self._current.end_s = _core.now_s()
+        now = self._current.end_s = self._side.now()
         self._current.add("update", self._step_start_s, now)
-        self._last, self._current = self._current.finished(), None
-        if self._trace is not None:
-            self._trace.add(self._last)
+        self._ended.append(self._current)
+        self._current = None
+        self._close_records()
 
     def _check_usable(self) -> None:
         self._check_open()
@@ -512,6 +515,15 @@ class GradientAggregator:
 
     # --- set-up ----------------------------------------------------------------------------------------------------
 
+    def _make_updater(self, optimizer: SGD | None, is_shared: bool) -> Updater | None:
+        """Collective, if there is an optimizer to run during backward."""
+        if optimizer is None:
+            return None
+        scale = 1.0 / self.comm.size if self.op is OPS["avg"] else 1.0
+        if isinstance(self._side, DeviceSide):
+            return DeviceUpdater(self.comm, self._side, self._buckets, optimizer, scale)
+        return EagerUpdater(self.comm, self._buckets, optimizer, scale, is_shared)
+
     def _drift_sentinel(self, module: torch.nn.Module, every: int) -> DriftSentinel | None:
         """Over all parameters, frozen ones too, and their optimizer state, but for what the ranks have one copy of."""
         if every == 0 or self.comm.size == 1:
@@ -520,11 +532,11 @@ class GradientAggregator:
         on_one_host = trained if self.comm.num_nodes == 1 else set()
         updater = self._updater
         one_copy_weights = on_one_host if updater is not None and updater.is_shared else set()
-        one_copy_momentum = on_one_host if updater is not None else set()
+        one_copy_momentum = on_one_host if isinstance(updater, EagerUpdater) else set()
         named = list(module.named_parameters())
         weights = [(name, p) for name, p in named if p not in one_copy_weights]
         momentum = [(name, p) for name, p in named if p in trained - one_copy_momentum]
-        return DriftSentinel(self.comm, weights, momentum, self._optimizer, every)
+        return DriftSentinel(self.comm, weights, momentum, self._optimizer, every, self._side.where)
 
     def _broadcast(self, module: torch.nn.Module) -> None:
         with torch.no_grad():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from pyallreduce._buffer import is_dense
-from pyallreduce.communicator import Communicator
 from pyallreduce.errors import UsageError
+from pyallreduce.report import Time
 
 DEFAULT_BUCKET_BYTES = 25 << 20  # as DDP
 ALIGN_BYTES = 64  # every parameter begins on a cache line of its own
@@ -59,7 +60,7 @@ class Bucket:
         self.index, self.slots, self.dtype = index, slots, dtype
         self.flags_begin = max(_end_of(slots[-1]), 1)  # not empty, so that it has a place in memory
         self.pending = len(slots)  # parameters without a gradient in this backward
-        self.ready_s = 0.0  # when the last gradient came
+        self.ready_s: Time = 0.0  # when the last gradient came
         self.flat: torch.Tensor
         self.flags: torch.Tensor
         for i, slot in enumerate(slots):
@@ -74,9 +75,9 @@ class Bucket:
     def nbytes(self) -> int:
         return self.flat.nbytes
 
-    def allocate(self, comm: Communicator) -> None:
-        """Collective. All zero afterwards."""
-        self.flat = comm.symmetric_empty(self.flags_begin + len(self.slots), self.dtype).zero_()
+    def allocate(self, memory: Callable[[int, torch.dtype], torch.Tensor]) -> None:
+        """Collective if ``memory`` is. All zero afterwards."""
+        self.flat = memory(self.flags_begin + len(self.slots), self.dtype).zero_()
         self.flags = self.flat[self.flags_begin :]
         for slot in self.slots:
             slot.grad = view_of(self.flat, slot)
@@ -90,16 +91,16 @@ class Bucket:
         """Writes this rank's flags, and zeros where it has nothing to contribute.
 
         A gradient counts as used although this backward has not touched it if it is not zero: it was accumulated
-        before. Mere zeros are what zero_grad(set_to_none=False) has left.
+        before. Mere zeros are what zero_grad(set_to_none=False) has left. Nobody waits for what a GPU has to tell.
         """
+        self.flags.fill_(1)
         for slot in self.slots:
             slot.adopt_gradient()
             if slot.param.grad is None:  # perhaps the user has dropped it
                 slot.used = False
                 slot.grad.zero_()
-            else:
-                slot.used = slot.used or bool(slot.grad.any())
-        self.flags.copy_(torch.tensor([slot.used for slot in self.slots]))
+            if not slot.used:
+                self.flags[slot.index].copy_(slot.grad.any())
 
     def reset(self) -> None:
         """For the next iteration."""
@@ -108,7 +109,8 @@ class Bucket:
             slot.ready = slot.used = False
 
     def settle_unused(self) -> None:
-        """After the reduction: used somewhere, the gradient is the aggregate; used nowhere, there is none."""
+        """After the reduction: used somewhere, the gradient is the aggregate; used nowhere, there is none. Waits for
+        the device if this rank has left a parameter out."""
         if all(slot.used for slot in self.slots):
             return
         for slot, used_somewhere in zip(self.slots, self.flags.tolist(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pyallreduce import _core
 from pyallreduce._buffer import DTYPES
@@ -14,12 +15,12 @@ def coefficient(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6))
 
 
-def norm_of(works: list[_core.Work]) -> float:
+def norm_of(works: Sequence[_core.Work]) -> float:
     """The 2-norm over all buckets, equal on all ranks; inf or NaN if a gradient is. In double precision."""
     return math.sqrt(sum(work.findings()[0] for work in works))
 
 
-def scale_gradients(buckets: list[Bucket], factor: float) -> None:
+def scale_gradients(buckets: Sequence[Bucket], factor: float) -> None:
     """Multiplies this rank's reduced gradients in place, rounding once."""
     if factor == 1.0:
         return

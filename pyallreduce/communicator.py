@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
 
-from pyallreduce import _core, launch, rendezvous
+from pyallreduce import _core, gpu, launch, rendezvous
 from pyallreduce._buffer import DTYPES, check_disjoint, op_of, span_of
 from pyallreduce.errors import UsageError
 
@@ -80,22 +80,42 @@ class Work:
     """A collective on its way. The communicator keeps its tensors alive until it is finished."""
 
     def __init__(self, work: _core.Work) -> None:
-        self._work = work
+        self._work: _core.Work | _core.DeviceWork = work
+        self._wait = work.wait
 
     def wait(self) -> None:
-        """Returns when the result is in the tensor; raises what the collective raised."""
-        self._work.wait()
+        """Returns when the result is in the tensor; raises what the collective raised.
+
+        Of a CUDA tensor: returns when all ranks have launched it. What the current stream does later waits for it, on
+        the device. An error that comes after that is raised by the next call.
+        """
+        self._wait()
 
     def done(self) -> bool:
         return self._work.done()
 
 
+class _DeviceWork(Work):
+    def __init__(self, work: _core.DeviceWork, where: gpu.Gpu) -> None:
+        self._work, self._gpu = work, where
+        self._wait = self._hold_back
+
+    def _hold_back(self) -> None:
+        assert isinstance(self._work, _core.DeviceWork)
+        self._work.wait(self._gpu.stream())
+        self._gpu.settle()
+
+
 class Communicator:
     """The ranks 0..size-1 and their collectives. All ranks make the same calls in the same order.
 
-    Tensors: dense (channels_last too), on the CPU; float64, float32, bfloat16, float16, int64, int32, uint8; any
-    number of elements, zero included. Results are bitwise equal on all ranks. Errors: PeerError, TimeoutError,
-    MismatchError, after which the communicator cannot be used; UsageError, after which it can.
+    Tensors: dense (channels_last too), on the CPU or on this rank's GPU; float64, float32, bfloat16, float16, int64,
+    int32, uint8; any number of elements, zero included. Results are bitwise equal on all ranks. Errors: PeerError,
+    TimeoutError, MismatchError, after which the communicator cannot be used; UsageError, after which it can.
+
+    CUDA tensors go through NCCL, found at run time, on a stream of the communicator's own: after what the current
+    stream has queued, before what it queues later; the host waits for the other hosts only. One GPU per rank. NCCL
+    chooses the order of summation and rounds 16-bit floats in its own way; ``avg`` multiplies its sum by 1/size.
     """
 
     def __init__(self, rank: int, size: int, roster: rendezvous.Roster, timeout_s: float) -> None:
@@ -107,8 +127,11 @@ class Communicator:
         self._core: _core.Communicator | None = _core.Communicator(
             self.local_rank, list(roster.node_ranks), roster.socket_name, roster.token, timeout_s
         )
-        # After _core: it must go first, since its worker may still use what is in flight.
-        self._in_flight: collections.deque[tuple[_core.Work, tuple[torch.Tensor, ...]]]
+        self._device: _core.Device | None = None
+        # After the two: they must go first, since the worker may still use what is in flight.
+        self._in_flight: collections.deque[
+            tuple[_core.Work | _core.DeviceWork, tuple[torch.Tensor, ...]]
+        ]
         self._in_flight = collections.deque()
         self._lock = threading.Lock()
         self.closed = False
@@ -123,7 +146,7 @@ class Communicator:
         return {"rank": self.rank, "size": self.size}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _core=None, closed=True)
+        self.__dict__.update(state, _core=None, _device=None, closed=True)
 
     @property
     def core(self) -> _core.Communicator:
@@ -133,16 +156,40 @@ class Communicator:
             )
         return self._core
 
+    def on_device(self, where: gpu.Gpu) -> _core.Device:
+        """The half that works on the rank's GPU; opened at the first call."""
+        if self._device is None:
+            self._device = where.open(self.core)
+        if self._device.index != where.index:
+            raise UsageError(
+                f"a tensor is on {where}, this communicator works on cuda:{self._device.index}: one GPU per rank "
+                "(torch.cuda.set_device(local_rank))"
+            )
+        return self._device
+
+    def _half_of(self, tensor: torch.Tensor) -> tuple[Any, tuple[int, ...]]:
+        """What runs its collectives, and what it needs to know besides: on a device, the caller's stream."""
+        where = gpu.of(tensor)
+        if where is None:
+            return self.core, ()
+        return self.on_device(where), (where.stream(),)
+
     def _finish(
-        self, work: _core.Work | None, changed: torch.Tensor, *read: torch.Tensor
+        self,
+        work: Any,  # of the half that works on `changed`
+        changed: torch.Tensor,
+        *read: torch.Tensor,
     ) -> Work | None:
         increment_version(changed)  # autograd must notice that a saved tensor was written
+        where = gpu.of(changed)
         if work is None:
+            if where is not None:
+                where.settle()
             return None
         self.keep_alive(work, changed, *read)
-        return Work(work)
+        return Work(work) if where is None else _DeviceWork(work, where)
 
-    def keep_alive(self, work: _core.Work, *tensors: torch.Tensor) -> None:
+    def keep_alive(self, work: _core.Work | _core.DeviceWork, *tensors: torch.Tensor) -> None:
         """Holds the memory of an asynchronous call until it is done, also if its caller lets go of everything."""
         with self._lock:
             while self._in_flight and self._in_flight[0][0].done():
@@ -158,8 +205,9 @@ class Communicator:
         sum x 1/size before that rounding. ``async_op``: returns a Work at once; wait() it before using the tensor.
         """
         address, numel, dtype, layout = span_of(tensor)
-        work = self.core.all_reduce(
-            address, numel, dtype, op_of(op, tensor.dtype), layout, async_op
+        half, where = self._half_of(tensor)
+        work = half.all_reduce(
+            address, numel, dtype, op_of(op, tensor.dtype), layout, async_op, *where
         )
         return self._finish(work, tensor)
 
@@ -174,13 +222,15 @@ class Communicator:
                 f"input has {numel} elements, output {output.numel()}; "
                 f"input needs size x output = {needed}"
             )
-        work = self.core.reduce_scatter(
+        half, where = self._half_of(output)
+        work = half.reduce_scatter(
             to,
             source,
             output.numel(),
             DTYPES[input.dtype],
             op_of(op, input.dtype),
             async_op,
+            *where,
         )
         return self._finish(work, output, input)
 
@@ -195,7 +245,8 @@ class Communicator:
                 f"output has {numel} elements, input {input.numel()}; "
                 f"output needs size x input = {needed}"
             )
-        work = self.core.all_gather(to, source, input.numel(), DTYPES[input.dtype], async_op)
+        half, where = self._half_of(output)
+        work = half.all_gather(to, source, input.numel(), DTYPES[input.dtype], async_op, *where)
         return self._finish(work, output, input)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0, async_op: bool = False) -> Work | None:
@@ -203,7 +254,8 @@ class Communicator:
         address, numel, dtype, layout = span_of(tensor)
         if not isinstance(root, int) or not 0 <= root < self.size:
             raise UsageError(f"root is {root!r}; a rank from 0 to {self.size - 1} is needed")
-        work = self.core.broadcast(address, numel, dtype, root, layout, async_op)
+        half, where = self._half_of(tensor)
+        work = half.broadcast(address, numel, dtype, root, layout, async_op, *where)
         return self._finish(work, tensor)
 
     def barrier(self) -> None:
@@ -243,6 +295,10 @@ class Communicator:
         if output.dtype != input.dtype:
             raise UsageError(
                 f"output has dtype {output.dtype}, input {input.dtype}; they must agree"
+            )
+        if output.device != input.device:
+            raise UsageError(
+                f"output is on {output.device}, input on {input.device}; they must agree"
             )
         check_disjoint(output, input)
         return to, source

@@ -2,7 +2,8 @@
 
 DDP calls a hook on the thread that runs backward, once per bucket and in the same order on all ranks; it does not
 divide by the number of ranks, so the hook averages. A future is completed by a thread of the communicator's own, never
-by the core's worker, which does not touch Python.
+by the core's worker, which does not touch Python. On a GPU it is complete once its collective has been launched, and
+holds back the streams of those who wait for it.
 """
 
 # No postponed annotations: DDP compares those of a hook with its own types.
@@ -12,6 +13,7 @@ import queue
 import threading
 import warnings
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from pyallreduce import gpu
 from pyallreduce.communicator import Communicator, Work
 from pyallreduce.errors import UsageError
 
@@ -28,15 +31,19 @@ class _Completer:
     """Waits for collectives in order and completes their futures. Its thread ends with the communicator."""
 
     def __init__(self, comm: Communicator) -> None:
-        self._queue: queue.SimpleQueue[tuple[Work, Future[Any], torch.Tensor] | None]
+        self._queue: queue.SimpleQueue[
+            tuple[Work, Future[Any], torch.Tensor, AbstractContextManager[Any]] | None
+        ]
         self._queue = queue.SimpleQueue()
         weakref.finalize(comm, self._queue.put, None)
         self._thread = threading.Thread(target=self._run, name="pyallreduce-futures", daemon=True)
         self._thread.start()
 
     def complete(self, work: Work, result: torch.Tensor) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._queue.put((work, future, result))
+        where = gpu.of(result)
+        future: Future[Any] = Future() if where is None else where.future()
+        current = nullcontext() if where is None else where.aside()
+        self._queue.put((work, future, result, current))
         return future
 
     def end(self) -> None:
@@ -49,13 +56,14 @@ class _Completer:
             item = self._queue.get()
             if item is None:
                 return
-            work, future, result = item
-            try:
-                work.wait()
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            work, future, result, stream = item
+            with stream:
+                try:
+                    work.wait()
+                except Exception as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
             del item, work, future, result  # do not keep the last bucket alive while idle
 
 
@@ -106,12 +114,16 @@ def _averaged(comm: Communicator, grads: torch.Tensor) -> Future[Any]:
     if completer is None:
         _check_ddp(comm)
         completer = _completers[comm] = _Completer(comm)
-    work = comm.all_reduce(grads, op="avg", async_op=True)
+    where = gpu.of(grads)
+    # Where our kernels are not compiled in, torch divides.
+    divides = where is None or comm.on_device(where).has_kernels
+    work = comm.all_reduce(grads, op="avg" if divides else "sum", async_op=True)
     assert work is not None
     if torch._C._current_graph_task_id() != -1:  # in Join, hooks run outside of backward
         # At the end of backward, before DDP looks at the futures: these would turn an error into a RuntimeError.
         Variable._execution_engine.queue_callback(work.wait)
-    return completer.complete(work, grads)
+    averaged = completer.complete(work, grads)
+    return averaged if divides else averaged.then(lambda f: f.value().div_(comm.size))
 
 
 def _check_ddp(comm: Communicator) -> None:

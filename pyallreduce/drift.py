@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from pyallreduce import _core
+from pyallreduce import _core, gpu
 from pyallreduce._buffer import is_dense
 from pyallreduce.communicator import Communicator, Work
 
@@ -29,7 +29,8 @@ class DriftSentinel:
     same ones.
 
     ``weights``: named parameters to compare. ``momentum``: those whose state in ``optimizer`` is compared, every tensor
-    of it. Hashes are of memory, so NaN of equal bits are equal.
+    of it. Hashes are of memory, so NaN of equal bits are equal. ``where``: the GPU on which all of it lies. A hash
+    there is the sum of the bits as integers, and to compare costs a wait for the device.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class DriftSentinel:
         momentum: Named,
         optimizer: torch.optim.Optimizer | None,
         every: int,
+        where: gpu.Gpu | None = None,
     ) -> None:
         self._comm, self._every = comm, every
         self._weights = list(weights)
@@ -46,8 +48,9 @@ class DriftSentinel:
         self._optimizer = optimizer
         self._labels = [f"weights of {name}" for name, _ in self._weights]
         self._labels += [f"momentum of {name}" for name, _ in self._momentum]
-        self._hashes = torch.empty(len(self._labels), dtype=torch.int64)  # as bits, of each label
-        self._totals = torch.empty(comm.size, dtype=torch.int64)  # the hash of each rank's hashes
+        self._where = where
+        self._hashes = self._numbers(len(self._labels))  # as bits, of each label
+        self._totals = self._numbers(comm.size)  # the hash of each rank's hashes
         # The hash of this rank's hashes, if it is to be compared.
         self._total: torch.Tensor | None = None
         self._gathering: Work | None = None
@@ -64,12 +67,24 @@ class DriftSentinel:
         self._total = self._gathering = None  # of a backward that has been given up
         if not self._is_due or not self._labels:
             return
+        self._total = self._numbers(1)
+        if self._where is not None:
+            self._look_on_device(self._total)
+            return
         copies: list[torch.Tensor] = []  # alive until they are hashed
         weights = [[_span_of(param, copies)] for _, param in self._weights]
         momentum = [self._state_spans(param, copies) for _, param in self._momentum]
         _hash([*weights, *momentum], self._hashes)
-        self._total = torch.empty(1, dtype=torch.int64)
         _hash([[_span_of(self._hashes, copies)]], self._total)
+
+    def _look_on_device(self, total: torch.Tensor) -> None:
+        with torch.no_grad():
+            sums = [_sum_of_bits([param]) for _, param in self._weights]
+            sums += [_sum_of_bits(self._state_of(param)) for _, param in self._momentum]
+            self._hashes.copy_(torch.stack([s.to(self._hashes.device) for s in sums]))
+            # Their places count: equal errors in two tensors must not cancel out.
+            places = torch.arange(1, len(sums) + 1, device=self._hashes.device) * 0x9E3779B97F4A7C1
+            total.copy_((self._hashes * places).sum())
 
     def gather(self) -> None:
         """What look() has found. After the first bucket has gone, which says more about ranks that are in different
@@ -89,15 +104,22 @@ class DriftSentinel:
 
     def _state_spans(self, param: torch.nn.Parameter, copies: list[torch.Tensor]) -> list[Span]:
         """Of all tensors that the optimizer keeps for it, by name; none before its first update."""
+        return [_span_of(tensor, copies, like=param) for tensor in self._state_of(param)]
+
+    def _state_of(self, param: torch.nn.Parameter) -> list[torch.Tensor]:
         assert self._optimizer is not None
         state = self._optimizer.state.get(param, {})
-        tensors = [value for _, value in sorted(state.items()) if torch.is_tensor(value)]
-        return [_span_of(tensor, copies, like=param) for tensor in tensors]
+        return [value for _, value in sorted(state.items()) if torch.is_tensor(value)]
+
+    def _numbers(self, count: int) -> torch.Tensor:
+        if self._where is None:
+            return torch.empty(count, dtype=torch.int64)
+        return self._where.empty(count, torch.int64)
 
     def _accuse(self) -> None:
         """Collective, since all ranks have seen the same totals."""
         comm, count = self._comm, len(self._labels)
-        by_rank = torch.empty(comm.size * count, dtype=torch.int64)
+        by_rank = self._numbers(comm.size * count)
         comm.all_gather(by_rank, self._hashes)
         table = by_rank.view(comm.size, count)
         differing = (table != table[0]).any(dim=0).nonzero().flatten().tolist()
@@ -131,6 +153,16 @@ def _span_of(
         tensor = tensor.detach().contiguous()
         copies.append(tensor)
     return tensor.data_ptr(), tensor.nbytes
+
+
+def _sum_of_bits(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """On their device; wraps. No order: a loaded state may have other strides."""
+    total = torch.zeros((), dtype=torch.int64)
+    for tensor in tensors:
+        word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+        bits = tensor.detach().contiguous().view(word)
+        total = bits.sum(dtype=torch.int64) + total.to(bits.device)
+    return total
 
 
 def _hash(entries: list[list[Span]], hashes: torch.Tensor) -> None:

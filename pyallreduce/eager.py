@@ -6,17 +6,20 @@ for all ranks of the host; the momentum is kept once per host, readable whole on
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.autograd.graph import increment_version
 
-from pyallreduce import _core
+from pyallreduce import _core, clipping
 from pyallreduce._buffer import DTYPES
 from pyallreduce.buckets import Bucket, view_of
 from pyallreduce.communicator import Communicator
 from pyallreduce.errors import UsageError
-from pyallreduce.sgd import SGD, change_of_unit, momentum_lr_of, scalars_of
+from pyallreduce.sgd import SGD
+from pyallreduce.sgd_rule import change_of_unit, momentum_lr_of, scalars_of
 
 
 class _Place:
@@ -57,10 +60,43 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, buckets: list[Bucke
     return optimizer
 
 
-def _rule_of(group: dict[str, Any]) -> str:
-    """What ranks may have set differently."""
+def rule_of(group: dict[str, Any]) -> str:
+    """What ranks may have set differently; what lies on a GPU is not asked for."""
     names = {"lr": "lr", "momentum": "momentum", "weight_decay": "weight decay"}
-    return ", ".join(f"{name} {float(group[key]):g}" for key, name in names.items())
+    given = {name: group[key] for key, name in names.items()}
+    return ", ".join(
+        f"{name} of the GPU's" if getattr(value, "is_cuda", False) else f"{name} {float(value):g}"
+        for name, value in given.items()
+    )
+
+
+def refuse_second_backward() -> NoReturn:
+    raise UsageError(
+        'a second backward before step(): with update="eager" the first has updated the parameters already. '
+        "Accumulate under no_sync(), or call step()"
+    )
+
+
+class Updater(Protocol):
+    """What an aggregator asks of an eager update, wherever it runs."""
+
+    is_shared: bool
+
+    def submit(self, bucket: Bucket, layout: int, subject: str) -> Any:
+        """Starts the bucket's reduction and update; the learning rates are those of now."""
+
+    def update_clipped(
+        self, max_norm: float, works: Sequence[Any], labels: Sequence[tuple[int, str]]
+    ) -> float | torch.Tensor:
+        """The second of two passes over the buckets, which ``works`` have reduced; returns the norm that they had. If
+        it is not finite, no weight or momentum changes. Gradients are zero afterwards. ``labels``: by bucket, layout
+        and subject for who compares calls."""
+
+    def begin_backward(self) -> None: ...
+    def end_update(self) -> None: ...
+    def adopt_weights(self) -> None: ...
+    def check_unwritten(self) -> None: ...
+    def detach(self) -> None: ...
 
 
 class EagerUpdater:
@@ -90,9 +126,21 @@ class EagerUpdater:
         """Starts the bucket's one pass; the learning rates are those of now."""
         return self._submit(bucket, self._scale, False, layout, subject)
 
-    def submit_reduced(self, bucket: Bucket, clip: float, layout: int, subject: str) -> _core.Work:
-        """Starts the second of two passes: gradients are reduced, to be multiplied by ``clip``."""
-        return self._submit(bucket, clip, True, layout, subject)
+    def update_clipped(
+        self, max_norm: float, works: Sequence[_core.Work], labels: Sequence[tuple[int, str]]
+    ) -> float:
+        norm = clipping.norm_of(works)
+        if not math.isfinite(norm):
+            self._skip()
+            return norm
+        clip = clipping.coefficient(norm, max_norm)
+        updates = [
+            self._submit(bucket, clip, True, *label)
+            for bucket, label in zip(self._buckets, labels, strict=True)
+        ]
+        for work in updates:
+            work.wait()
+        return norm
 
     def _submit(
         self, bucket: Bucket, scale: float, is_reduced: bool, layout: int, subject: str
@@ -115,13 +163,13 @@ class EagerUpdater:
             scale,
             is_reduced,
             layout,
-            f"{subject}, with {'; '.join(map(_rule_of, groups))}",
+            f"{subject}, with {'; '.join(map(rule_of, groups))}",
         )
         self._updated = True
         self._comm.keep_alive(work, bucket.flat, place.weights, place.momentum)
         return work
 
-    def skip(self) -> None:
+    def _skip(self) -> None:
         """Ends a backward whose gradients are not finite: no weight or momentum changes, gradients become zero."""
         for bucket in self._buckets:
             bucket.flat.zero_()
@@ -130,10 +178,7 @@ class EagerUpdater:
 
     def begin_backward(self) -> None:
         if self._updated:
-            raise UsageError(
-                'a second backward before step(): with update="eager" the first has updated the parameters already. '
-                "Accumulate under no_sync(), or call step()"
-            )
+            refuse_second_backward()
         self.gradients_are_zero = False
 
     def end_update(self) -> None:

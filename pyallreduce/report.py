@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from pyallreduce import _core
 
+if TYPE_CHECKING:
+    import torch
+
+# Of _core.now_s; on a GPU a mark on its stream, whose time is known once the device has passed it.
+Time: TypeAlias = "float | _core.Mark"
 Interval = tuple[float, float]
 COMPUTE = ("forward", "backward", "update")  # phases in which the training thread computes
 
@@ -53,22 +59,24 @@ class BucketRecord:
     index: int
     nbytes: int
     params: list[str]
-    ready_s: float
-    work: _core.Work
-    used_s: float = 0.0
+    ready_s: Time
+    work: _core.Work | _core.DeviceWork
+    used_s: Time = 0.0
 
     def finished(self) -> BucketTimes:
         """Valid once the work is done."""
         enqueued_s, start_s, end_s, arrivals_s = self.work.times()
+        assert start_s is not None
+        assert end_s is not None
         return BucketTimes(
             self.index,
             self.nbytes,
             self.params,
-            self.ready_s,
+            seconds_of(self.ready_s),
             enqueued_s,
             start_s,
             end_s,
-            self.used_s,
+            seconds_of(self.used_s),
             arrivals_s,
         )
 
@@ -78,30 +86,41 @@ class IterationRecord:
     """An iteration that is still running."""
 
     iteration: int
-    start_s: float
-    end_s: float = 0.0
-    phases: list[tuple[str, float, float]] = field(default_factory=list)
+    start_s: Time
+    end_s: Time = 0.0
+    phases: list[tuple[str, Time, Time]] = field(default_factory=list)
     buckets: list[BucketRecord] = field(default_factory=list)
     nonfinite: NonFinite | None = None
-    grad_norm: float | None = (
-        None  # before clipping, over all parameters; None unless measured and finite
-    )
+    # Before clipping, over all parameters; None unless measured.
+    grad_norm: float | torch.Tensor | None = None
 
-    def add(self, phase: str, start_s: float, end_s: float) -> None:
+    def add(self, phase: str, start_s: Time, end_s: Time) -> None:
         self.phases.append((phase, start_s, end_s))
 
+    def is_over(self) -> bool:
+        """Also on the device, if it is there that the iteration runs."""
+        return isinstance(self.end_s, float) or self.end_s.passed_s() is not None
+
     def finished(self) -> Iteration:
-        """Valid once the works of all buckets are done."""
-        buckets = [bucket.finished() for bucket in self.buckets]
+        """Valid once the iteration is over."""
+        norm = None if self.grad_norm is None else float(self.grad_norm)
         return Iteration(
             self.iteration,
-            self.start_s,
-            self.end_s,
-            self.phases,
-            buckets,
+            seconds_of(self.start_s),
+            seconds_of(self.end_s),
+            [(name, seconds_of(start), seconds_of(end)) for name, start, end in self.phases],
+            [bucket.finished() for bucket in self.buckets],
             self.nonfinite,
-            self.grad_norm,
+            norm if norm is not None and math.isfinite(norm) else None,
         )
+
+
+def seconds_of(time: Time) -> float:
+    if isinstance(time, float):
+        return time
+    passed_s = time.passed_s()
+    assert passed_s is not None
+    return passed_s
 
 
 def union(intervals: list[Interval]) -> list[Interval]:

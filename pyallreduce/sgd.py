@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.graph import increment_version
 
-from pyallreduce import _core
+from pyallreduce import _core, gpu
 from pyallreduce._buffer import DTYPES, is_dense
 from pyallreduce.errors import UsageError
-
-Scalars = _core.kernels.SgdScalars  # the arguments of csrc/kernels/sgd_rule.h
+from pyallreduce.sgd_device import DeviceSgd
+from pyallreduce.sgd_rule import change_of_unit, momentum_lr_of, scalars_of
 
 FORMS = ("reference", "absorbed")
 
@@ -36,15 +36,19 @@ class SGD(torch.optim.Optimizer):
     lr_t / lr_{t-1} at every change of lr (Remark 2), which makes both forms equal; without, the paper's pitfall.
 
     g includes weight_decay * w (coupled L2, Remark 1), added once to the aggregated gradient. ``state_dict()`` has the
-    layout of torch.optim.SGD; the learning rate that an absorbed momentum contains is in its param_groups. CPU
-    parameters of float64, float32, bfloat16, float16 (16-bit: computed in float32). Honours ``grad_scale`` and
-    ``found_inf`` as torch.amp.GradScaler sets them: an overflow changes neither weights nor momentum.
+    layout of torch.optim.SGD; the learning rate that an absorbed momentum contains is in its param_groups.
+    Parameters of float64, float32, bfloat16, float16 (16-bit: computed in float32), all on the CPU or on one GPU.
+    Honours ``grad_scale`` and ``found_inf`` as torch.amp.GradScaler sets them: an overflow changes neither weights nor
+    momentum.
+
+    On a GPU: one launch per dtype, and no wait for the device, with GradScaler neither. ``lr`` may be a float32 tensor
+    there, which is read when the launch runs: a replayed CUDA graph follows it (capture after one step without).
     """
 
     _step_supports_amp_scaling = True
-    _eager: AttachedUpdate | None = (
-        None  # in the class too: a copy or a pickle is attached to nothing
-    )
+    # In the class: a copy or a pickle is attached to nothing.
+    _eager: AttachedUpdate | None = None
+    _on_device: DeviceSgd | None = None
 
     def __init__(
         self,
@@ -78,9 +82,9 @@ class SGD(torch.optim.Optimizer):
         try:
             _check(group)
             for param in group["params"]:
-                if param.device.type != "cpu" or param.dtype not in DTYPES:
+                if param.device.type not in ("cpu", "cuda") or param.dtype not in DTYPES:
                     raise UsageError(
-                        f"a parameter is {param.dtype} on {param.device}; floating CPU parameters are needed"
+                        f"a parameter is {param.dtype} on {param.device}; floating CPU or CUDA parameters are needed"
                     )
         except UsageError:
             self.param_groups.pop()
@@ -113,8 +117,22 @@ class SGD(torch.optim.Optimizer):
                 )
             _check({**self.defaults, **group})
         super().load_state_dict(state_dict)
+        if self._on_device is not None:
+            self._on_device.forget_units()
         if self._eager is not None:
             self._eager.adopt_momentum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of torch.optim.SGD's layout. Local. On a GPU it may wait for the device."""
+        if self._on_device is not None:
+            self._on_device.read_units(self.param_groups)
+        return super().state_dict()
+
+    def on_device(self, where: gpu.Gpu) -> DeviceSgd:
+        """Its side on the GPU where the parameters lie. Private to the library."""
+        if self._on_device is None or self._on_device.gpu is not where:
+            self._on_device = DeviceSgd(where)
+        return self._on_device
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's. Gradients that an eager update has consumed are zero already and stay where they are."""
@@ -137,13 +155,27 @@ class SGD(torch.optim.Optimizer):
                     'GradScaler needs update="step": an eager update cannot be withheld'
                 )
             self._eager.close_update()
-        elif found_inf is None or float(found_inf) == 0:
-            scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-            gathered = [(group, self._gather(group)) for group in self.param_groups]  # checks first
-            if any(triples for _, triples in gathered):  # else momentum keeps its unit too
-                for group, triples in gathered:
-                    self._update(group, triples, scale)
+        else:
+            self._update_all(grad_scale, found_inf)
         return loss
+
+    def _update_all(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        groups = self.param_groups
+        params = [param for group in groups for param in group["params"] if param.grad is not None]
+        places = {gpu.of(param) for param in params}
+        if len(places) > 1:
+            raise UsageError("the parameters of one SGD must lie on one device")
+        if places == {None} and found_inf is not None and float(found_inf) != 0:
+            return  # before anything is made; on a GPU, it alone knows
+        gathered = [self._gather(group) for group in groups]  # checks first
+        for where in places:  # none if no parameter has a gradient: momentum keeps its unit too
+            if where is not None:
+                self.on_device(where).step(groups, gathered, self.state, grad_scale, found_inf)
+                increment_version(params)
+                continue
+            scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+            for group, triples in zip(groups, gathered, strict=True):
+                self._update(group, triples, scale)
 
     def _gather(self, group: dict[str, Any]) -> list[_Triple]:
         """The group's weights with a gradient: as the kernel reads them, and checked."""
@@ -152,10 +184,10 @@ class SGD(torch.optim.Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if grad.is_sparse or grad.dtype != param.dtype or not param.is_cpu:
+            if grad.is_sparse or grad.dtype != param.dtype or grad.device != param.device:
                 raise UsageError(
                     f"a gradient is {grad.layout}, {grad.dtype}, of a parameter that is {param.dtype} on "
-                    f"{param.device}; both must be dense, of one dtype, on the CPU"
+                    f"{param.device}; both must be dense, of one dtype, on one device"
                 )
             if not is_dense(param):
                 raise UsageError("a parameter overlaps itself or has gaps; SGD needs dense memory")
@@ -187,7 +219,8 @@ class SGD(torch.optim.Optimizer):
         if change == 1.0:
             return
         for param in group["params"]:
-            if param.grad is None and param in self.state:
+            # Who has looked for a state has made an empty one.
+            if param.grad is None and "momentum_buffer" in self.state.get(param, {}):
                 self.state[param]["momentum_buffer"].mul_(change)
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
@@ -207,40 +240,6 @@ class SGD(torch.optim.Optimizer):
             fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
             buffer = state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
         return buffer
-
-
-def scalars_of(group: dict[str, Any]) -> Scalars:
-    """The arguments of the rule for one step with this param group as it is now."""
-    lr, momentum = float(group["lr"]), float(group["momentum"])
-    if group["form"] == "reference":
-        history, gain, rate = momentum, 1.0, lr
-    elif not group["correction"]:
-        history, gain, rate = momentum, lr, 1.0
-    else:
-        history = momentum * change_of_unit(group)
-        gain, rate = momentum_lr_of(group), 1.0 if lr else 0.0
-    return Scalars(
-        decay=float(group["weight_decay"]),
-        history=history,
-        gain=gain,
-        momentum=momentum,
-        rate=rate,
-        nesterov=bool(group["nesterov"]),
-    )
-
-
-def momentum_lr_of(group: dict[str, Any]) -> float:
-    """Learning rate in whose units a corrected, absorbed momentum is kept from this step on. While lr is 0 it stays
-    what it was: the weights rest, the history goes on, and the next change is still exact."""
-    return float(group["lr"]) or group["momentum_lr"] or 1.0
-
-
-def change_of_unit(group: dict[str, Any]) -> float:
-    """Remark 2: what this step multiplies an absorbed momentum by, also that of parameters without a gradient."""
-    if group["form"] == "reference" or not group["correction"] or group["momentum_lr"] is None:
-        return 1.0
-    change: float = momentum_lr_of(group) / group["momentum_lr"]
-    return change
 
 
 def _check(group: dict[str, Any]) -> None:

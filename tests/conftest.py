@@ -6,6 +6,7 @@ from __future__ import annotations
 import faulthandler
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -51,6 +52,14 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[_stderr])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def mocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the libraries that stand for NCCL and the CUDA runtime."""
+    from mocked import build_mocks
+
+    return build_mocks(tmp_path_factory.mktemp("mock"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,7 +22,7 @@ ALLOWED = {
     "schedules": {"base"},
     "transport": {"base", "memory"},
     "group": {"base", "memory", "device", "kernels", "schedules", "transport"},
-    "engine": {"base", "group"},
+    "engine": {"base", "device", "group"},
     "bindings": {
         "base",
         "memory",

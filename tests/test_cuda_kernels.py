@@ -15,7 +15,7 @@ import torch
 
 import pyallreduce as par
 from pyallreduce import _core, clipping
-from pyallreduce.sgd import change_of_unit, momentum_lr_of, scalars_of
+from pyallreduce.sgd_rule import change_of_unit, momentum_lr_of, scalars_of
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]

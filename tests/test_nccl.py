@@ -4,51 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mocked import CPP, ROOT, compile_cpp
 
 from pyallreduce import Error, _core
 from pyallreduce.cli import doctor
 
-ROOT = Path(__file__).parent.parent
-CPP = ROOT / "tests" / "cpp"
-CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 PLAIN_ENV = {k: v for k, v in os.environ.items() if not k.startswith("PYALLREDUCE_")}
-# Library: its sources and macros (tests/cpp/CMakeLists.txt builds the same).
-MOCKS = {
-    "nccl_mock": (["cuda.cc", "nccl.cc"], []),
-    "nccl_plain": (["cuda.cc", "nccl.cc"], ["-DMOCK_WITHOUT_OPTIONAL"]),
-    "nccl_old": (["nccl_version_only.cc"], ["-DMOCK_VERSION=21403"]),
-    "nccl_hollow": (["nccl_version_only.cc"], ["-DMOCK_VERSION=23007"]),
-}
-
-
-def compile_cpp(*arguments: str | Path) -> None:
-    if CXX is None:
-        pytest.skip("no C++ compiler on PATH: what replaces NCCL cannot be built")
-    command = [CXX, "-std=c++20", "-pthread", f"-I{ROOT / 'csrc'}", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.fixture(scope="session")
-def mocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the mock's libraries."""
-    folder = tmp_path_factory.mktemp("mock")
-
-    def build(name: str) -> None:
-        sources, macros = MOCKS[name]
-        files = [CPP / "mock" / source for source in sources]
-        compile_cpp("-fPIC", "-shared", *macros, *files, "-o", folder / f"lib{name}.so")
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(build, MOCKS))
-    return folder
 
 
 def core_library() -> Path:
@@ -61,7 +27,7 @@ def core_library() -> Path:
 
 
 @pytest.mark.deadline(240)
-@pytest.mark.parametrize("program", ["device", "nccl"])
+@pytest.mark.parametrize("program", ["device", "device_side", "nccl"])
 def test_program(program: str, mocks: Path) -> None:
     """The tests in C++ also run under the sanitizers (`make sanitize`); here, without them, always."""
     binary = mocks / program

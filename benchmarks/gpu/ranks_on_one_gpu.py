@@ -10,66 +10,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.program import die_with_parent, emit, seconds_left
+from benchmarks.gpu.program import emit, seconds_left
+from benchmarks.gpu.ranks import (
+    GLOO,
+    HOSTS,
+    PLAIN,
+    SWITCH,
+    Way,
+    environment_of,
+    last_words,
+    run_ranks,
+)
 
 WAY_LIMIT_S = 25.0
 CALL_LIMIT_S = 15.0  # of a collective, by its own watchdog
 SIZES = (1 << 10, 1 << 20, 25_557_032)  # elements; the last is ResNet-50
 CALLS = 3
-TAIL = 600  # characters of a rank's last words
-
-LOOPBACK = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
-# Contexts that share one GPU's multiprocessors wait for each other less if each takes few; a switch across several GPUs
-# (NVLS) there cannot be.
-MODEST = {"NCCL_MAX_CTAS": "2", "NCCL_NVLS_ENABLE": "0"}
-
-
-@dataclass(frozen=True)
-class Way:
-    """``per_rank``: variables with the rank in them. ``control``: expected to be refused; says what a version does."""
-
-    name: str
-    backend: str
-    env: dict[str, str] = field(default_factory=dict)
-    per_rank: dict[str, str] = field(default_factory=dict)
-    control: bool = False
-
-
-# Each rank a host of its own: nothing is found to be a duplicate, and ranks talk through sockets on the loopback.
-HOSTS = Way(
-    "nccl, a host id per rank",
-    "nccl",
-    env=MODEST
-    | {
-        "NCCL_NET": "Socket",
-        "NCCL_NET_PLUGIN": "none",
-        "NCCL_IB_DISABLE": "1",
-        "NCCL_MNNVL_ENABLE": "0",  # or two "hosts" with one fabric would try to map each other's memory
-        "NCCL_RAS_ENABLE": "0",
-    },
-    per_rank={"NCCL_HOSTID": "rank-{rank}"},
-)
-# Of NCCL 2.30.3 and later, experimental.
-SWITCH = Way(
-    "nccl, multi-rank switch",
-    "nccl",
-    env=MODEST | {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NET_GDR_LEVEL": "LOC"},
-)
-PLAIN = Way("nccl, as it comes", "nccl", control=True)
-GLOO = Way("gloo, through the host", "gloo")
 
 # The likeliest first: a stage that runs out of time loses the least.
 TRIALS = (
@@ -172,58 +136,13 @@ def run_rank(rank: int, size: int, backend: str, device: str, folder: str) -> No
 # --- all ranks of a way ----------------------------------------------------------------------------------------------
 
 
-def _environment(way: Way, rank: int) -> dict[str, str]:
-    own = {name: value.format(rank=rank) for name, value in way.per_rank.items()}
-    return {**LOOPBACK, **way.env, **own}
-
-
-def _last_words(output: str) -> str:
-    """NCCL's reason where it gives one, else the end. What NCCL begins its lines with names the host."""
-    lines = [re.sub(r"^\S+:\d+:\d+ ", "", line) for line in output.splitlines() if line.strip()]
-    reasons = [line for line in lines if "NCCL WARN" in line or "rror:" in line]
-    return "\n".join((reasons or lines)[-3:])[-TAIL:]
-
-
-def _gather(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
-    """Exit codes; None for a rank that did not end in time. When one has failed, the others get little more time."""
-    deadline = time.monotonic() + WAY_LIMIT_S
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
-            deadline = min(deadline, time.monotonic() + 3.0)
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    codes = [process.poll() for process in processes]
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-    return codes
-
-
 def try_way(way: Way, size: int, device: str) -> dict[str, Any]:
     """Starts the ranks; the row of this way."""
     start = time.monotonic()
+    arguments = ["-m", "benchmarks.gpu.ranks_on_one_gpu", "--backend", way.backend]
+    arguments += ["--device", device]
     with tempfile.TemporaryDirectory() as folder:
-        processes, outputs = [], []
-        for rank in range(size):
-            outputs.append(Path(folder, f"rank-{rank}"))
-            command = [sys.executable, "-m", "benchmarks.gpu.ranks_on_one_gpu", "--rank", str(rank)]
-            command += ["--size", str(size), "--backend", way.backend]
-            command += ["--device", device, "--folder", folder]
-            with outputs[-1].open("wb") as file:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env={**os.environ, "NCCL_DEBUG": "WARN", **_environment(way, rank)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        preexec_fn=die_with_parent,
-                    )
-                )
-        codes = _gather(processes)
-        texts = [path.read_text(errors="replace") for path in outputs]
+        codes, texts = run_ranks(way, size, arguments, folder, WAY_LIMIT_S)
     reports = [_report_of(text) for text in texts]
     row: dict[str, Any] = {
         "way": way.name,
@@ -231,11 +150,11 @@ def try_way(way: Way, size: int, device: str) -> dict[str, Any]:
         "control": way.control,
         "exits": codes,
         "seconds": round(time.monotonic() - start, 1),
-        "env": _environment(way, 0),
+        "env": environment_of(way, 0),
     }
     if any(codes) or None in codes or None in reports:
         failing = next(i for i in range(size) if codes[i] != 0 or reports[i] is None)
-        return row | {"works": False, "wrong": False, "why": _last_words(texts[failing])}
+        return row | {"works": False, "wrong": False, "why": last_words(texts[failing])}
     found = [report["wrong"] for report in reports if report is not None]
     counts = [n for report in found for n in report.values() if isinstance(n, int)]
     cannot = {name: n for name, n in found[0].items() if isinstance(n, str)}
@@ -268,7 +187,7 @@ def main() -> int:
     rows = []
     for way, size in TRIALS:
         if given.dry_run and (way.backend != "gloo" or size > 2):
-            emit(way=way.name, ranks=size, would_run=_environment(way, 0), backend=way.backend)
+            emit(way=way.name, ranks=size, would_run=environment_of(way, 0), backend=way.backend)
             continue
         if seconds_left() < WAY_LIMIT_S:
             emit(way=way.name, ranks=size, untried=f"{seconds_left():.0f} s are left")

@@ -92,11 +92,12 @@ def _bars(result: Result) -> list[str]:
     rows = [
         [
             row["bar"],
-            f">= {row['at_least']:g}",
+            f">= {row['at_least']:g}" if "at_least" in row else f"<= {row['at_most']:g}",
             f"{row['value']:.3f}",
             "yes" if row["met"] else "no",
         ]
-        for row in rows_of(result, "kernels")
+        for stage in ("kernels", "training")
+        for row in rows_of(result, stage)
         if "bar" in row
     ]
     return markdown(["what", "bar", "ours", "met"], rows) if rows else []
@@ -122,9 +123,10 @@ def _training(result: Result) -> list[str]:
             rows.append(
                 [images, way, f"{found['images_per_s']:.0f}", *times, share, time_name(host_us)]
             )
-        rows += [[images, way, why, "-", "-", "-", "-"] for way, why in record["missing"].items()]
-        extra = [f"{record[name] * 1e3:+.0f} us" for name in ("ddp_step_ms", "ddp_host_ms")]
-        rows.append([images, "added by DDP (pairs of blocks)", "-", extra[0], "-", "-", extra[1]])
+        for way, added in record["added_ms"].items():
+            extra = [f"{added[name] * 1e3:+.0f} us" for name in ("step", "host")]
+            what = f"added by {way} (pairs of blocks)"
+            rows.append([images, what, "-", extra[0], "-", "-", extra[1]])
     return markdown(header, rows)
 
 
@@ -141,6 +143,23 @@ def _ranks(result: Result) -> list[str]:
         verdict = "WRONG" if row["wrong"] else "right" if row["works"] else _one_line(row["why"])
         rows.append([row["way"], str(row["ranks"]), verdict, shown])
     return markdown(["way", "ranks", "results", "all-reduce"], rows)
+
+
+def _two_ranks(result: Result) -> list[str]:
+    header = ["way", "largest error", "ranks", "step", "overlap", "exposed", "communicating"]
+    rows = []
+    for row in rows_of(result, "two ranks train on one GPU"):
+        if "mode" not in row:
+            continue
+        bits = "same bits" if row["same_bits"] else "DIFFER"
+        cells = [row["mode"], f"{row['error']:.1e}", bits, time_name(row["step_ms"] * 1e3)]
+        if row["overlap_ratio"] is None:
+            cells += ["-", "-", "-"]
+        else:
+            times = [time_name(row[name] * 1e6) for name in ("exposed_comm_s", "comm_busy_s")]
+            cells += [f"{row['overlap_ratio']:.0%}", *times]
+        rows.append(cells)
+    return markdown(header, rows)
 
 
 def _one_line(text: str) -> str:
@@ -166,6 +185,8 @@ def markdown_of(result: Result) -> str:
         parts += [["## ResNet-50, world size 1, bf16 autocast, channels_last"], _training(result)]
     if rows_of(result, "ranks on one GPU"):
         parts += [["## Several ranks on one GPU"], _ranks(result)]
+    if rows_of(result, "two ranks train on one GPU"):
+        parts += [["## Two ranks train on one GPU"], _two_ranks(result)]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 

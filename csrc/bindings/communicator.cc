@@ -1,15 +1,14 @@
-// One rank's engine over the ranks of its host.
+#include "bindings/communicator.h"
+
 #include <atomic>
-#include <optional>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sched.h>
 #include <thread>
 
 #include "base/error.h"
-#include "base/fork.h"
+#include "bindings/collectives.h"
+#include "bindings/convert.h"
 #include "bindings/rooms.h"
-#include "engine/engine.h"
-#include "group/shared_memory_group.h"
 
 namespace py = pybind11;
 
@@ -19,42 +18,6 @@ namespace {
 // Threads of Python inside the core without the GIL.
 std::atomic<int> num_callers{0};
 
-struct Caller {
-  Caller() { ++num_callers; }
-  ~Caller() { --num_callers; }
-};
-
-// Lets Python handle signals while a call waits without the GIL. A handler that raises (Ctrl-C)
-// ends the wait: the core sees an Error, the caller of this call the exception of the handler.
-class SignalCheck {
- public:
-  explicit SignalCheck(int rank) : rank_(rank) {}
-
-  template <typename Body>
-  void run(Body body) {
-    const Caller caller;
-    try {
-      const py::gil_scoped_release release;
-      body(std::function<void()>([this] { check(); }));
-    } catch (const Error&) {
-      if (!raised_) throw;
-      throw std::move(*raised_);
-    }
-  }
-
- private:
-  void check() {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() == 0) return;
-    raised_.emplace();
-    throw PeerError("rank " + std::to_string(rank_) +
-                        " was interrupted by a signal; its communicator cannot be used any more",
-                    {rank_});
-  }
-  int rank_;  // for its peers, who lose it
-  std::optional<py::error_already_set> raised_;
-};
-
 Patience patience_for(int local_size) {
   cpu_set_t cores;
   const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
@@ -63,67 +26,87 @@ Patience patience_for(int local_size) {
   return local_size <= count ? kSpinFirst : kYieldFirst;
 }
 
-class Communicator {
- public:
-  Communicator(int local_rank, std::vector<int> global_ranks, const std::string& name,
-               const std::string& token, double timeout_s, const std::function<void()>& on_slice) {
-    const Deadline deadline(timeout_s, &on_slice);
-    const Patience patience = patience_for(static_cast<int>(global_ranks.size()));
-    auto group = std::make_unique<SharedMemoryGroup>(
-        HostLink(local_rank, std::move(global_ranks), name, token, deadline), deadline);
-    group_ = group.get();
-    engine_.reset(new Engine(std::move(group), timeout_s, patience));
+}  // namespace
+
+Caller::Caller() { ++num_callers; }
+Caller::~Caller() { --num_callers; }
+
+void SignalCheck::check() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() == 0) return;
+  raised_.emplace();
+  throw PeerError("rank " + std::to_string(rank_) +
+                      " was interrupted by a signal; its communicator cannot be used any more",
+                  {rank_});
+}
+
+void wait_for(Work& work) {
+  const Caller caller;
+  bool done = false;
+  while (!done) {
+    {
+      const py::gil_scoped_release release;
+      done = work.wait_for(kWatchSliceS);
+    }
+    if (!done && PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
-  ~Communicator() { close(); }
+}
 
-  std::shared_ptr<Work> call(Engine::Task task, uint64_t layout, bool async) {
-    if (async) return engine_->submit(std::move(task), layout);
-    SignalCheck(global_rank()).run([&](const std::function<void()>& on_slice) {
-      engine_->run(task, layout, on_slice);
-    });
-    return nullptr;
-  }
+Communicator::Communicator(int local_rank, std::vector<int> global_ranks, const std::string& name,
+                           const std::string& token, double timeout_s,
+                           const std::function<void()>& on_slice) {
+  const Deadline deadline(timeout_s, &on_slice);
+  const Patience patience = patience_for(static_cast<int>(global_ranks.size()));
+  group_ = std::make_shared<SharedMemoryGroup>(
+      HostLink(local_rank, std::move(global_ranks), name, token, deadline), deadline);
+  engine_.reset(new Engine(group_, timeout_s, patience));
+}
 
-  std::shared_ptr<Work> submit(Engine::Task task, uint64_t layout, const Findings& wanted,
-                               std::string subject) {
-    return engine_->submit(std::move(task), layout, wanted, std::move(subject));
-  }
+std::shared_ptr<Work> Communicator::call(Engine::Task task, uint64_t layout, bool async) {
+  if (async) return engine_->submit(std::move(task), layout);
+  SignalCheck(global_rank()).run([&](const std::function<void()>& on_slice) {
+    engine_->run(task, layout, on_slice);
+  });
+  return nullptr;
+}
 
-  std::shared_ptr<SymmetricBuffer> allocate(size_t num_elems, DType dtype, bool one_copy) {
-    std::shared_ptr<SymmetricBuffer> buffer;
-    call(
-        [&, group = group_](Group&, const Call& call) {
-          buffer = group->allocate(num_elems, dtype, one_copy, call);
-        },
-        0, false);
-    return buffer;
-  }
+std::shared_ptr<SymmetricBuffer> Communicator::allocate(size_t num_elems, DType dtype,
+                                                        bool one_copy) {
+  std::shared_ptr<SymmetricBuffer> buffer;
+  call([&](Group&,
+           const Call& call) { buffer = group_->allocate(num_elems, dtype, one_copy, call); },
+       0, false);
+  return buffer;
+}
 
-  int local_rank() const { return group_->rank(); }
-  int global_rank() const { return group_->global_rank(); }
-  SharedMemoryGroup& group() { return *group_; }
+DeviceSide& Communicator::open_device(const CudaRuntime& cuda, int device, const Connect& connect) {
+  refuse_forked_child();
+  if (device_) throw UsageError("this communicator has opened its device already");
+  device_.reset(new DeviceSide(cuda, device, [control = group_, connect](const Call& call) {
+    return connect(control, call);
+  }));
+  return *device_;
+}
 
-  void refuse_forked_child() const { engine_->refuse_forked_child(); }
-  void check_not_failed() { engine_->check_not_failed(); }
+void Communicator::check_not_failed() {
+  engine_->check_not_failed();
+  if (device_) device_->check();
+}
 
-  void close() {
-    if (engine_->is_forked_child()) return;  // it is the parent's
-    engine_->close([this] { group_->interrupt(); });
-    group_->leave();
-  }
+void Communicator::close() {
+  if (engine_->is_forked_child()) return;  // it is the parent's
+  engine_->close([this] { group_->interrupt(); });
+  if (device_) device_->leave();
+  group_->leave();
+}
 
- private:
-  std::unique_ptr<Engine, DeleteByOwner> engine_;  // owns the group
-  SharedMemoryGroup* group_;
-};
+namespace {
 
 // What symmetric_empty gives to Python: this rank's part as a writable buffer of bytes.
 struct Part {
   std::shared_ptr<SymmetricBuffer> buffer;
   int rank;
 };
-
-void* address(uintptr_t value) { return reinterpret_cast<void*>(value); }
 
 // The parameters of a bucket, fixed when the aggregator is built; scalars come anew with each
 // update.
@@ -156,18 +139,7 @@ void bind_communicator(py::module_& m) {
   m.def("forget_callers", [] { num_callers = 0; });
 
   py::class_<Work, std::shared_ptr<Work>>(m, "Work")
-      .def("wait",
-           [](Work& work) {
-             const Caller caller;
-             bool done = false;
-             while (!done) {
-               {
-                 const py::gil_scoped_release release;
-                 done = work.wait_for(kWatchSliceS);
-               }
-               if (!done && PyErr_CheckSignals() != 0) throw py::error_already_set();
-             }
-           })
+      .def("wait", &wait_for)
       .def("done", &Work::done)
       .def("times",
            [](const Work& work) {
@@ -200,7 +172,9 @@ void bind_communicator(py::module_& m) {
           }));
 
   using C = Communicator;
-  py::class_<C>(m, "Communicator")
+  py::class_<C> communicator(m, "Communicator");
+  bind_collectives(communicator);
+  communicator
       .def(py::init([](int local_rank, const std::vector<int>& global_ranks,
                        const std::string& name, const std::string& token, double timeout_s) {
              std::unique_ptr<C> made;
@@ -213,44 +187,6 @@ void bind_communicator(py::module_& m) {
            }),
            py::arg("local_rank"), py::arg("global_ranks"), py::arg("name"), py::arg("token"),
            py::arg("timeout_s"))
-      .def("all_reduce",
-           [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
-              bool async) {
-             const Span span{address(data), num_elems, dtype};
-             return self.call(
-                 [=](Group& group, const Call& call) { group.all_reduce(span, op, call); }, layout,
-                 async);
-           })
-      .def("reduce_scatter",
-           [](C& self, uintptr_t output, uintptr_t input, size_t num_elems, DType dtype, Op op,
-              bool async) {
-             const Span to{address(output), num_elems, dtype};
-             return self.call(
-                 [=](Group& group, const Call& call) {
-                   const auto ranks = static_cast<size_t>(group.size());
-                   group.reduce_scatter(to, {address(input), num_elems * ranks, dtype}, op, call);
-                 },
-                 0, async);
-           })
-      .def("all_gather",
-           [](C& self, uintptr_t output, uintptr_t input, size_t num_elems, DType dtype,
-              bool async) {
-             const ConstSpan from{address(input), num_elems, dtype};
-             return self.call(
-                 [=](Group& group, const Call& call) {
-                   const auto ranks = static_cast<size_t>(group.size());
-                   group.all_gather({address(output), num_elems * ranks, dtype}, from, call);
-                 },
-                 0, async);
-           })
-      .def("broadcast",
-           [](C& self, uintptr_t data, size_t num_elems, DType dtype, int root, uint64_t layout,
-              bool async) {
-             const Span span{address(data), num_elems, dtype};
-             return self.call(
-                 [=](Group& group, const Call& call) { group.broadcast(span, root, call); }, layout,
-                 async);
-           })
       .def("barrier",
            [](C& self, uint64_t layout) {
              self.call([](Group& group, const Call& call) { group.barrier(call); }, layout, false);
@@ -260,9 +196,9 @@ void bind_communicator(py::module_& m) {
              self.call([=](Group&, const Call&) { throw MismatchError(message, peers); }, 0, false);
            })
       .def("aggregate",
-           [](C& self, uintptr_t data, size_t num_elems, DType dtype, Op op, uint64_t layout,
+           [](C& self, Address data, size_t num_elems, DType dtype, Op op, uint64_t layout,
               size_t watched_elems, bool norm_is_wanted, std::string subject) {
-             const Span span{address(data), num_elems, dtype};
+             const Span span{pointer(data), num_elems, dtype};
              return self.submit(
                  [=](Group& group, const Call& call) { group.all_reduce(span, op, call); }, layout,
                  {.num_elems = watched_elems, .norm_is_wanted = norm_is_wanted},
@@ -270,14 +206,14 @@ void bind_communicator(py::module_& m) {
            })
       .def("update",
            [](C& self, const UpdatePlan& plan, const std::vector<GroupFactors>& groups,
-              uintptr_t gradients, size_t num_elems, uintptr_t weights, uintptr_t momentum,
-              DType dtype, double scale, bool is_reduced, uint64_t layout, std::string subject) {
+              Address gradients, size_t num_elems, Address weights, Address momentum, DType dtype,
+              double scale, bool is_reduced, uint64_t layout, std::string subject) {
              return self.submit(
                  [=, &group = self.group(), pieces = pieces_of(plan, groups),
                   flags_begin = plan.flags_begin](Group&, const Call& call) {
-                   group.update({.gradients = {address(gradients), num_elems, dtype},
-                                 .weights = {address(weights), flags_begin, dtype},
-                                 .momentum = address(momentum),
+                   group.update({.gradients = {pointer(gradients), num_elems, dtype},
+                                 .weights = {pointer(weights), flags_begin, dtype},
+                                 .momentum = pointer(momentum),
                                  .pieces = pieces,
                                  .flags_begin = flags_begin,
                                  .is_reduced = is_reduced,

@@ -96,7 +96,7 @@ Gate gate_of(Address found_inf, Address aborted) {
   return {pointer<float>(found_inf), pointer<uint32_t>(aborted)};
 }
 
-Findings findings_of(Address found_inf, Address sum_squares) {
+UpdateFindings findings_of(Address found_inf, Address sum_squares) {
   return {pointer<float>(found_inf), pointer<double>(sum_squares)};
 }
 

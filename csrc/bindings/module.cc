@@ -74,4 +74,5 @@ PYBIND11_MODULE(_core, m) {
   pyar::bind_schedules(m);
   pyar::bind_inproc(m);
   pyar::bind_communicator(m);
+  pyar::bind_device_side(m);
 }

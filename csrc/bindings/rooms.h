@@ -7,6 +7,8 @@ namespace pyar {
 
 void bind_communicator(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
+// After bind_communicator() and bind_cuda().
+void bind_device_side(pybind11::module_& m);
 // After bind_kernels().
 void bind_cuda(pybind11::module_& m);
 void bind_inproc(pybind11::module_& m);

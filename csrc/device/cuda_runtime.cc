@@ -26,7 +26,7 @@ void CudaRuntime::for_each_function(Self& self, Visit visit) {
       self.device_get_stream_priority_range, self.stream_create, self.stream_destroy,
       self.stream_synchronize, self.stream_wait_event, self.event_create, self.event_destroy,
       self.event_record, self.event_query, self.event_elapsed_time, self.memcpy_async,
-      self.host_alloc, self.free_host, self.get_last_error);
+      self.host_alloc, self.free_host, self.exchange_capture_mode, self.get_last_error);
 }
 
 const CudaRuntime& CudaRuntime::load(const std::string& path,

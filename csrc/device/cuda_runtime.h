@@ -27,6 +27,7 @@ inline constexpr unsigned kCudaStreamNonBlocking = 1;  // does not wait for the 
 inline constexpr unsigned kCudaEventDefault = 0;       // with timing
 inline constexpr unsigned kCudaEventDisableTiming = 2;
 inline constexpr int kCudaMemcpyDefault = 4;  // where the memory lies is told by its address
+inline constexpr int kCudaCaptureModeRelaxed = 2;
 inline constexpr unsigned kCudaHostAllocPortable = 1;  // pinned for all devices
 inline constexpr unsigned kCudaHostAllocMapped = 2;    // kernels can read it at the same address
 
@@ -64,6 +65,7 @@ class CudaRuntime {
   ForeignFunction<void*, const void*, size_t, int, CudaStream> memcpy_async{"cudaMemcpyAsync"};
   ForeignFunction<void**, size_t, unsigned> host_alloc{"cudaHostAlloc"};
   ForeignFunction<void*> free_host{"cudaFreeHost"};
+  ForeignFunction<int*> exchange_capture_mode{"cudaThreadExchangeStreamCaptureMode"};
   // And forgets it.
   ForeignFunction<> get_last_error{"cudaGetLastError"};
 
@@ -125,6 +127,7 @@ class Event {
   Event& operator=(const Event&) = delete;
   ~Event();
 
+  CudaEvent get() const { return event_; }
   void record(CudaStream stream) { cuda_.event_record(event_, stream); }
   // Whether the stream has passed the mark. Throws what has broken the device, if something has.
   bool has_passed() const;

@@ -38,7 +38,7 @@ void Work::await_end() {
 
 void Engine::refuse_forked_child() const { refuse_child_of(owner_); }
 
-Engine::Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience)
+Engine::Engine(std::shared_ptr<Group> group, double timeout_s, Patience patience)
     : group_(std::move(group)), timeout_s_(timeout_s), patience_(patience) {}
 
 Engine::~Engine() {

@@ -31,6 +31,8 @@ class Work {
   // forked child, where it never finishes.
   bool wait_for(double slice_s);
   bool done() const;
+  // The how-manyeth collective of the communicator it is.
+  uint64_t sequence() const { return sequence_; }
   // Valid once done.
   const Times& times() const { return times_; }
   const Findings& findings() const { return findings_; }
@@ -64,7 +66,7 @@ class Engine {
 
   // `patience` of a caller's own thread. The worker sleeps soon until all ranks have come, since it
   // competes with compute; then the others are at work too, and it waits like a caller.
-  Engine(std::unique_ptr<Group> group, double timeout_s, Patience patience);
+  Engine(std::shared_ptr<Group> group, double timeout_s, Patience patience);
   ~Engine();
 
   // Queues a collective. Calls must come in the same order on all ranks. Throws the first error if
@@ -94,7 +96,7 @@ class Engine {
   void work_loop();
   void check_usable() const;  // under mutex_
 
-  std::unique_ptr<Group> group_;
+  std::shared_ptr<Group> group_;
   const double timeout_s_;
   const Patience patience_;
   const OwnerProcess owner_;

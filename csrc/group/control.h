@@ -42,6 +42,7 @@ class Control {
   virtual void report(const Error& error) = 0;
   // Waits of this rank, in progress and to come, end with an Error.
   virtual void interrupt() = 0;
+  virtual bool is_interrupted() const = 0;
   // Tells the others that this rank will not come again.
   virtual void leave() = 0;
 };

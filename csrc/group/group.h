@@ -56,7 +56,8 @@ struct Call {
   // The collective of a larger group of which this call is a part, or null. Ranks then compare, and
   // messages name, that one.
   const Fingerprint* part_of = nullptr;
-  void* stream = nullptr;  // of device memory: where the caller has queued what comes before
+  // Of device memory, a CudaEvent, or null: what the caller has queued before, and comes first.
+  void* ready = nullptr;
 };
 
 // Ranks 0..size-1 call the same methods in the same order, one at a time. Every method throws

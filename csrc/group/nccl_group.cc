@@ -10,7 +10,6 @@ NcclGroup::NcclGroup(Parts parts) : parts_(std::move(parts)) {
   try {
     const DeviceScope scope(parts_.cuda, parts_.device);
     stream_ = std::make_unique<Stream>(parts_.cuda);
-    ready_ = std::make_unique<Event>(parts_.cuda, Event::Timing::kNo);
     watch_ = std::make_shared<NcclWatch>(nccl_, parts_.cuda, parts_.control);
   } catch (const Error& error) {
     control_.report(error);  // or the others would wait for this rank
@@ -44,6 +43,12 @@ void NcclGroup::connect(const Call& call) {
 
 NcclGroup::~NcclGroup() { leave(); }
 
+void NcclGroup::fail(const Error& cause) try {
+  throw_error(cause.cause(), cause.what(), cause.peers());
+} catch (const Error&) {
+  watch_->end_by(std::current_exception());  // of the type that the cause names
+}
+
 void NcclGroup::leave() {
   if (!owner_.is_this_one()) return;
   const std::lock_guard lock(leaving_);
@@ -63,12 +68,11 @@ void NcclGroup::launch(const char* function, const Fingerprint& mine, const Call
     control_.agree(mine, call);
     if (mine.num_elems == 0) return;
     const DeviceScope scope(parts_.cuda, parts_.device);
-    ready_->record(call.stream);
-    ready_->hold_back(stream_->get());
+    if (call.ready) parts_.cuda.stream_wait_event(stream_->get(), call.ready, 0);
     NcclWatch::Flight flight = watch_->begin_flight(mine, call, stream_->get());
     watch_->call(function, begin, call);
     if (op == Op::kAvg) parts_.scale(result, 1.0 / size(), stream_->get());
-    watch_->end_flight(std::move(flight), stream_->get());
+    latest_ = watch_->end_flight(std::move(flight), stream_->get());
   });
 }
 

@@ -60,7 +60,7 @@ class NcclGroup final : public Group {
   int rank() const override { return control_.rank(); }
   int size() const override { return control_.size(); }
 
-  // Of device memory. Work that was queued on call.stream is waited for, on the device.
+  // Of device memory. call.ready is waited for, on the device.
   void all_reduce(Span data, Op op, const Call& call) override;
   void reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) override;
   void all_gather(Span output, ConstSpan input, const Call& call) override;
@@ -78,6 +78,13 @@ class NcclGroup final : public Group {
   void wait_on(CudaStream stream, uint64_t sequence = std::numeric_limits<uint64_t>::max()) {
     watch_->hold_back(stream, sequence);
   }
+  // True once the devices have passed all collectives up to a call.
+  bool has_ended(uint64_t sequence) { return watch_->has_ended(sequence); }
+  // Where all collectives run, in their order: what is queued here comes after those launched so
+  // far.
+  CudaStream stream() const { return stream_->get(); }
+  // When the latest collective began and ended on the device. For the thread that launches.
+  const FlightMarks& latest() const { return latest_; }
   // Throws the first error, if one has happened.
   void check() const { watch_->check(); }
   // Not zero once results are worthless: what is queued behind them reads it first, and does
@@ -87,6 +94,7 @@ class NcclGroup final : public Group {
   // Memory of this device that may outlive the group. Error if NCCL gives none.
   std::shared_ptr<NcclBuffer> allocate(size_t bytes);
 
+  void fail(const Error& cause) override;
   // From any thread: what waits on the host ends with an Error.
   void interrupt() { control_.interrupt(); }
   // At most a second; idempotent; nothing in a forked child. What is in flight may end in the first
@@ -119,7 +127,7 @@ class NcclGroup final : public Group {
   Control& control_ = *parts_.control;
   const OwnerProcess owner_;
   std::unique_ptr<Stream> stream_;  // on which all collectives run
-  std::unique_ptr<Event> ready_;    // what the caller has queued before
+  FlightMarks latest_;
   std::unique_ptr<Wanted> wanted_;
   std::shared_ptr<NcclWatch> watch_;
   std::thread watching_;

@@ -59,6 +59,11 @@ void NcclWatch::guarded(const std::function<void()>& body) {
   check_locked();
 }
 
+void NcclWatch::end_by(std::exception_ptr error) {
+  Lock lock(mutex_);
+  fail(lock, std::move(error));
+}
+
 // The first error stays. The watching thread aborts, since that may take its time.
 void NcclWatch::fail(Lock& lock, std::exception_ptr error) {
   if (first_error_) return;
@@ -108,6 +113,8 @@ int NcclWatch::wait_until_done(int status, const char* function, uint64_t sequen
   };
   const auto watch = [&](bool late) {
     control_->check_peers(sequence, function);
+    if (control_->is_interrupted())
+      throw Error(std::string(function) + " was under way when the communicator was closed");
     if (late)
       throw TimeoutError(std::string(function) + " was not done after " +
                              seconds(call.deadline.timeout_s()) +
@@ -150,48 +157,54 @@ void NcclWatch::call_if_alive(const std::function<int(NcclComm)>& begin) {
 
 NcclWatch::Flight NcclWatch::begin_flight(const Fingerprint& mine, const Call& call,
                                           CudaStream stream) {
-  const auto event = [&]() -> std::unique_ptr<Event> {
-    const std::lock_guard lock(mutex_);
-    if (idle_events_.empty()) return std::make_unique<Event>(cuda_, Event::Timing::kNo);
-    std::unique_ptr<Event> idle = std::move(idle_events_.back());
-    idle_events_.pop_back();
-    return idle;
-  };
-  Flight flight{.call = mine,
-                .subject = std::string(call.subject),
-                .timeout_s = call.deadline.timeout_s(),
-                .late_s = now_s() + call.deadline.remaining_s(),
-                .begun = event(),
-                .ended = event()};
-  flight.begun->record(stream);
-  return flight;
+  const auto begun = std::make_shared<Event>(cuda_, Event::Timing::kYes);
+  begun->record(stream);
+  return {.call = mine,
+          .subject = std::string(call.subject),
+          .timeout_s = call.deadline.timeout_s(),
+          .late_s = now_s() + call.deadline.remaining_s(),
+          .marks = {.begun = begun, .ended = nullptr}};
 }
 
-void NcclWatch::end_flight(Flight flight, CudaStream stream) {
-  flight.ended->record(stream);
+FlightMarks NcclWatch::end_flight(Flight flight, CudaStream stream) {
+  const auto ended = std::make_shared<Event>(cuda_, Event::Timing::kYes);
+  ended->record(stream);
+  flight.marks.ended = ended;
+  const FlightMarks marks = flight.marks;
   const std::lock_guard lock(mutex_);
   flights_.push_back(std::move(flight));
   changed_.notify_all();
+  return marks;
+}
+
+// They run on one stream: the latest ends last.
+const NcclWatch::Flight* NcclWatch::latest_until(uint64_t sequence) const {
+  for (auto flight = flights_.rbegin(); flight != flights_.rend(); ++flight)
+    if (flight->call.sequence <= sequence) return &*flight;
+  return nullptr;
 }
 
 void NcclWatch::hold_back(CudaStream stream, uint64_t sequence) {
   const std::lock_guard lock(mutex_);
   check_locked();
-  // One stream: the latest of them ends last.
-  for (auto flight = flights_.rbegin(); flight != flights_.rend(); ++flight)
-    if (flight->call.sequence <= sequence) return flight->ended->hold_back(stream);
+  if (const Flight* const latest = latest_until(sequence)) latest->marks.ended->hold_back(stream);
+}
+
+bool NcclWatch::has_ended(uint64_t sequence) {
+  const std::lock_guard lock(mutex_);
+  if (first_error_) return flights_.empty();
+  const Flight* const latest = latest_until(sequence);
+  return !latest || latest->marks.ended->has_passed();
 }
 
 // Flights end in the order in which they were launched.
 void NcclWatch::retire() {
   for (const Flight& flight : flights_) {
-    if (!flight.begun->has_passed()) break;
+    if (!flight.marks.begun->has_passed()) break;
     progress_.begun = flight.call.sequence;
   }
-  while (!flights_.empty() && flights_.front().ended->has_passed()) {
+  while (!flights_.empty() && flights_.front().marks.ended->has_passed()) {
     progress_.ended = flights_.front().call.sequence;
-    idle_events_.push_back(std::move(flights_.front().begun));
-    idle_events_.push_back(std::move(flights_.front().ended));
     flights_.pop_front();
   }
   control_->tell(progress_);
@@ -201,6 +214,9 @@ void NcclWatch::retire() {
 // The watching thread
 
 void NcclWatch::run() {
+  // Or a look at an event would break the capture of a graph in another thread.
+  int mode = kCudaCaptureModeRelaxed;
+  cuda_.exchange_capture_mode.status(&mode);
   Lock lock(mutex_);
   while (!closing_ && !first_error_) {
     changed_.wait(lock, [&] { return closing_ || first_error_ || !flights_.empty(); });
@@ -305,7 +321,7 @@ void NcclWatch::abort(Lock& lock) {
   // told that it has ended: it has not ended well.
   error_of([&] {
     wait(lock, kAbortedEndS, [&] {
-      while (!flights_.empty() && flights_.front().ended->has_passed()) flights_.pop_front();
+      while (!flights_.empty() && flights_.front().marks.ended->has_passed()) flights_.pop_front();
       return flights_.empty();
     });
   });

@@ -22,6 +22,11 @@
 
 namespace pyar {
 
+// Of a flight, on the stream; with timing. Null where nothing was launched.
+struct FlightMarks {
+  std::shared_ptr<const Event> begun, ended;
+};
+
 class NcclWatch {
  public:
   // On the current device.
@@ -43,14 +48,14 @@ class NcclWatch {
   struct Flight {
     Fingerprint call;
     std::string subject;
-    double timeout_s, late_s;             // late_s: clock of now_s()
-    std::unique_ptr<Event> begun, ended;  // marks on the stream, before and after
+    double timeout_s, late_s;  // late_s: clock of now_s()
+    FlightMarks marks;
     std::string what() const { return describe(call, subject); }
   };
   // Marks the beginning on the stream.
   Flight begin_flight(const Fingerprint& mine, const Call& call, CudaStream stream);
   // Marks the end; from now on it is watched.
-  void end_flight(Flight flight, CudaStream stream);
+  FlightMarks end_flight(Flight flight, CudaStream stream);
 
   // --- for any thread ---
 
@@ -58,6 +63,11 @@ class NcclWatch {
   void check() const;
   // The stream goes on only once all flights up to `sequence` have ended. Throws the first error.
   void hold_back(CudaStream stream, uint64_t sequence);
+  // True once all flights up to `sequence` have ended: nothing reads or writes their memory any
+  // more. After an error: all flights.
+  bool has_ended(uint64_t sequence);
+  // Makes `error` the first one, if there is none.
+  void end_by(std::exception_ptr error);
   // Not zero once what the flights have left in memory is worthless. Kernels may read it.
   const std::atomic<uint32_t>& aborted() const { return *aborted_; }
   // Gives flights a little time to end, here and at the peers, then lets go of the communicator.
@@ -85,7 +95,9 @@ class NcclWatch {
   int wait_until_done(int status, const char* function, uint64_t sequence, const Call& call);
   void fail(Lock& lock, std::exception_ptr error);
   void check_locked() const;
-  void retire();  // under mutex_
+  // Null: none. Both under mutex_.
+  const Flight* latest_until(uint64_t sequence) const;
+  void retire();
   void look(Lock& lock);
   std::exception_ptr find_trouble(Lock& lock);
   std::exception_ptr find_late() const;  // under mutex_
@@ -110,7 +122,6 @@ class NcclWatch {
   bool closing_ = false, over_ = false;
 
   std::deque<Flight> flights_;
-  std::vector<std::unique_ptr<Event>> idle_events_;
   Progress progress_{};
   double suspected_s_ = 0;  // since when something is wrong; 0: nothing is
 };

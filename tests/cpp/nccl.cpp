@@ -52,7 +52,8 @@ struct Rank {
 
   Call next(double timeout_s = 30) {
     Call call = calls.next(timeout_s);
-    call.stream = stream.get();
+    ready.record(stream.get());
+    call.ready = ready.get();
     return call;
   }
 
@@ -61,6 +62,7 @@ struct Rank {
   Span span() { return {memory.data(), memory.size(), DType::kFloat32}; }
 
   Stream stream;
+  Event ready{cuda(), Event::Timing::kNo};
   NcclGroup group;
   Calls calls;
 };
@@ -172,6 +174,40 @@ void the_host_does_not_wait_for_the_device() {
 }
 
 // A stream may wait for some calls, and not for later ones.
+void a_call_knows_whether_it_has_ended() {
+  on_ranks(2, [](const World& world, int me) {
+    Rank rank(world, me);
+    mock().set_delay(0.05);
+    const Call call = rank.next();
+    rank.group.all_reduce(rank.span(), Op::kSum, call);
+    CHECK(!rank.group.has_ended(call.sequence));
+    CHECK(rank.group.has_ended(call.sequence - 1));
+    CHECK(!rank.group.latest().ended->has_passed());
+    rank.group.wait_on(rank.stream.get());
+    rank.stream.synchronize();
+    CHECK(rank.group.has_ended(call.sequence));
+    const FlightMarks marks = rank.group.latest();
+    CHECK(marks.ended->seconds_since(*marks.begun) > 0.04);
+    rank.group.barrier(rank.next());
+    mock().set_delay(0);
+  });
+}
+
+void an_error_from_elsewhere_ends_the_group() {
+  on_ranks(3, [](const World& world, int me) {
+    Rank rank(world, me);
+    if (me == 1) {
+      rank.group.barrier(rank.next());  // all have connected
+      rank.group.fail(PeerError("rank 99 died", {99}));
+    }
+    const auto error = error_of<PeerError>([&] {
+      for (;;) rank.group.barrier(rank.next());
+    });
+    CHECK(me != 1 || error.peers() == std::vector<int>{99});
+    CHECK(contains(error, "rank 99 died"));
+  });
+}
+
 void a_wait_ends_with_its_call() {
   mock().reset();
   on_ranks(2, [](const World& world, int me) {
@@ -359,6 +395,25 @@ void an_error_of_nccl_itself_is_noticed() {
   });
 }
 
+void watching_breaks_no_capture() {
+  mock().reset();
+  on_ranks(2, [](const World& world, int me) {
+    Rank rank(world, me);
+    mock().set_delay(0.03);  // several looks of the watching thread
+    mock().set_capturing(true);
+    rank.group.all_reduce(rank.span(), Op::kSum, rank.next());
+    rank.group.barrier(rank.next());
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    rank.group.check();
+    rank.group.barrier(rank.next());
+    mock().set_capturing(false);
+    rank.group.wait_on(rank.stream.get());
+    rank.stream.synchronize();
+    CHECK(rank.memory[0] == 2);
+  });
+  mock().reset();
+}
+
 void a_broken_device_is_noticed() {
   mock().reset();
   on_ranks(2, [&](const World& world, int me) {
@@ -491,7 +546,8 @@ void a_group_splits_by_color() {
     std::vector<float> data(100, float(1 << me));
     Calls calls;
     Call call = calls.next();
-    call.stream = rank.stream.get();
+    rank.ready.record(rank.stream.get());
+    call.ready = rank.ready.get();
     group->all_reduce({data.data(), 100, DType::kFloat32}, Op::kSum, call);
     group->wait_on(rank.stream.get());
     rank.group.all_reduce({data.data(), 100, DType::kFloat32}, Op::kSum, rank.next());
@@ -608,6 +664,8 @@ int main() {
 #endif
   collectives_are_exact_and_in_order();
   the_host_does_not_wait_for_the_device();
+  a_call_knows_whether_it_has_ended();
+  an_error_from_elsewhere_ends_the_group();
   a_wait_ends_with_its_call();
   work_that_is_queued_late_is_waited_for();
   averages_are_scaled_or_refused();
@@ -618,6 +676,7 @@ int main() {
   a_device_that_does_not_begin_is_named();
   what_is_queued_behind_an_abort_knows_it();
   an_error_of_nccl_itself_is_noticed();
+  watching_breaks_no_capture();
   a_broken_device_is_noticed();
   leaving_disturbs_nothing_that_was_launched();
   a_rank_that_leaves_is_missed_only_when_needed();

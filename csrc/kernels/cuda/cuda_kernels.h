@@ -37,7 +37,7 @@ struct Gate {
 
 // Both are added to what is there, so that the buckets of an iteration add up in their order; set
 // them to 0 at its beginning. A kernel that its gate has held back adds nothing.
-struct Findings {
+struct UpdateFindings {
   float* found_inf = nullptr;     // 1 if a gradient, scaled, is inf or NaN
   double* sum_squares = nullptr;  // of the scaled gradients; null with found_inf null: do not look
 };
@@ -60,7 +60,7 @@ struct UpdateCall {
   const double* clip = nullptr;
   bool zero_gradients = false;  // of used pieces; the others' are zero already
   Gate gate = {};
-  Findings findings = {};
+  UpdateFindings findings = {};
 };
 
 struct CastCall {

@@ -239,7 +239,7 @@ struct FinishBody {
     const Finding* findings;
     size_t num_chunks;
     Gate gate;
-    Findings result;
+    UpdateFindings result;
   };
   using Shared = FindingPerThread;
 

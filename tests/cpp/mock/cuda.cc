@@ -20,7 +20,7 @@ namespace mock {
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kInsufficientDriver = 35, kNoDevice = 100,
-              kInvalidDevice = 101, kNotReady = 600;
+              kInvalidDevice = 101, kNotReady = 600, kCaptureUnsupported = 900, kRelaxed = 2;
 
 struct Order {
   std::string function;
@@ -34,7 +34,7 @@ struct Orders {
   std::map<std::string, int> calls;
   std::map<int, int> async_errors;
   double delay_s = 0, abort_delay_s = 0;
-  bool lazy = false;
+  bool lazy = false, capturing = false;
   int version = 23007, num_devices = 8;
 };
 
@@ -136,8 +136,12 @@ using Event = std::shared_ptr<EventState>;
 
 EventState& state_of(void* event) { return **static_cast<Event*>(event); }
 
-thread_local int device = 0;
-thread_local int latest_error = kSuccess;
+// In a thread's own block of memory, as a program's are: what is made for it later is freed by
+// whoever reuses the stack of a thread that nobody joins, which ThreadSanitizer takes for a race.
+#define MOCK_THREAD_LOCAL thread_local __attribute__((tls_model("initial-exec")))
+MOCK_THREAD_LOCAL int device = 0;
+MOCK_THREAD_LOCAL int latest_error = kSuccess;
+MOCK_THREAD_LOCAL int capture_mode = 0;  // "global", as every thread begins
 
 int answer(int status) {
   if (status != kSuccess) latest_error = status;
@@ -265,6 +269,8 @@ MOCK_EXPORT int cudaEventRecord(void* event, void* stream) {
 }
 MOCK_EXPORT int cudaEventQuery(void* event) {
   OBEY("cudaEventQuery");
+  if (capture_mode != kRelaxed && locked([](Orders& all) { return all.capturing; }))
+    return answer(kCaptureUnsupported);
   EventState& state = state_of(event);
   const std::lock_guard lock(state.mutex);
   return state.passed >= state.recorded ? kSuccess : answer(kNotReady);
@@ -299,6 +305,11 @@ MOCK_EXPORT int cudaFreeHost(void* memory) {
   std::free(memory);
   return kSuccess;
 }
+MOCK_EXPORT int cudaThreadExchangeStreamCaptureMode(int* mode) {
+  OBEY("cudaThreadExchangeStreamCaptureMode");
+  std::swap(capture_mode, *mode);
+  return kSuccess;
+}
 MOCK_EXPORT int cudaGetLastError() { return std::exchange(latest_error, kSuccess); }
 MOCK_EXPORT const char* cudaGetErrorString(int status) {
   switch (status) {
@@ -327,7 +338,7 @@ constexpr MockControl kControl = {
             all.calls.clear();
             all.async_errors.clear();
             all.delay_s = all.abort_delay_s = 0;
-            all.lazy = false;
+            all.lazy = all.capturing = false;
             all.version = 23007;
             all.num_devices = 8;
           });
@@ -352,6 +363,8 @@ constexpr MockControl kControl = {
         [](const char* function) {
           return locked([&](Orders& all) { return all.calls[function]; });
         },
+    .set_capturing =
+        [](bool capturing) { locked([&](Orders& all) { all.capturing = capturing; }); },
     .launch = [](void* stream, void (*kernel)(void*),
                  void* argument) { enqueue(stream, [=] { kernel(argument); }); },
 };
