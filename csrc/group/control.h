@@ -13,7 +13,7 @@
 
 namespace pyar {
 
-// How far the device of a rank is, in sequence numbers of calls.
+// How far the device of a rank is: how many flights of this group it has begun, and ended.
 struct Progress {
   uint64_t begun, ended;
 };
@@ -36,8 +36,8 @@ class Control {
   virtual void tell(Progress mine) = 0;
   virtual Progress progress_of(int rank) const = 0;
   // Throws if another rank has reported an error, or has died or closed before its device ended
-  // call `sequence`; `during` is for messages.
-  virtual void check_peers(uint64_t sequence, std::string_view during) const = 0;
+  // flight `number`; `during` is for messages.
+  virtual void check_peers(uint64_t number, std::string_view during) const = 0;
   // The other ranks get this error, too. The first counts.
   virtual void report(const Error& error) = 0;
   // Waits of this rank, in progress and to come, end with an Error.

@@ -45,13 +45,13 @@ void HostWorkbench::scale(Span data, double factor) {
 HierarchicalGroup::HierarchicalGroup(std::unique_ptr<Group> local, std::unique_ptr<Group> across,
                                      Nodes nodes, size_t leaders_up_to_bytes,
                                      const Deadline& deadline, std::unique_ptr<Workbench> bench)
-    : local_(std::move(local)),
+    : bench_(std::move(bench)),
+      local_(std::move(local)),
       across_(std::move(across)),
       nodes_(std::move(nodes)),
       first_ranks_(first_ranks(nodes_.sizes)),
       is_even_(std::ranges::count(nodes_.sizes, local_->size()) == num_nodes()),
-      leaders_up_to_bytes_(leaders_up_to_bytes),
-      bench_(std::move(bench)) {
+      leaders_up_to_bytes_(leaders_up_to_bytes) {
   check_groups();
   agree_on_plan(deadline);
 }
@@ -102,17 +102,25 @@ void HierarchicalGroup::fail(const Error& cause) {
   if (across_) across_->fail(cause);
 }
 
+void HierarchicalGroup::check_call(Op op, const Call& call) const {
+  if (call.findings && call.findings->norm_is_wanted)
+    throw UsageError("a norm is taken on one node only");
+  bench_->check_op(op);
+}
+
 template <typename Body>
 void HierarchicalGroup::collective(const Fingerprint& mine, const Call& call, Body body) {
   const auto level = [&](int index) {
     Call part = call;
     part.part_of = &mine;
     part.deadline = call.deadline.plus(index * kGraceS);
+    part.ready = nullptr;  // see Note [Phases on a device]
     part.arrivals_s = nullptr;
     part.findings = nullptr;
     return part;
   };
   try {
+    bench_->follow(call.ready);
     body(Levels{level(0), level(1), level(2)});
   } catch (const Error& error) {
     fail(error);
@@ -127,8 +135,7 @@ void HierarchicalGroup::collective(const Fingerprint& mine, const Call& call, Bo
 // See Note [Disagreement between nodes] for why each starts inside the node.
 
 void HierarchicalGroup::all_reduce(Span data, Op op, const Call& call) {
-  if (call.findings && call.findings->norm_is_wanted)
-    throw UsageError("a norm is taken on one node only");
+  check_call(op, call);
   const auto mine = fingerprint(Kind::kAllReduce, data.num_elems, data.dtype,
                                 static_cast<uint32_t>(op), kNoRoot, call);
   collective(mine, call, [&](const Levels& levels) {
@@ -168,6 +175,7 @@ void HierarchicalGroup::sum_by_leaders(Span data, Op op, const Levels& levels) {
 }
 
 void HierarchicalGroup::reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) {
+  check_call(op, call);
   const auto mine = fingerprint(Kind::kReduceScatter, output.num_elems, output.dtype,
                                 static_cast<uint32_t>(op), kNoRoot, call);
   collective(mine, call, [&](const Levels& levels) {

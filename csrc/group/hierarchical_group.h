@@ -31,6 +31,10 @@ class Workbench {
   static constexpr size_t kNumUses = 3;
 
   virtual ~Workbench() = default;
+  // Throws UsageError for what this bench cannot make of a sum. Before anything is sent.
+  virtual void check_op([[maybe_unused]] Op op) const {}
+  // What is done from now on comes after `ready` (Call::ready).
+  virtual void follow([[maybe_unused]] void* ready) {}
   // Contents are undefined; what was given for another use stays.
   virtual void* scratch(Use use, size_t bytes) = 0;
   // The dtype in which sums leave a group that has only a part of the addends.
@@ -65,6 +69,15 @@ class HostWorkbench final : public Workbench {
 // the same: so it reaches everybody, and names who died, not who told. A group that does not
 // override fail() leaves its ranks waiting until their deadlines. Of a rank that is silent its own
 // node learns first, by kGraceS, and therefore names it to those who wait for that node.
+//
+// Note [Phases on a device]
+// Groups of devices return when a phase has been queued, not when it is over. That is enough: their
+// phases and the bench's work follow each other on one stream, and what Call::ready stands for
+// comes before the first of them, a copy perhaps; so the bench waits for it and the groups need
+// not. Nothing here looks at data. What ranks agree on they agree on their hosts, within the calls:
+// Note [Disagreement between nodes] holds unchanged. Errors may come when no call is under way:
+// groups of one stream fail together (Note [Groups of one lane fail together]), any other one hears
+// of it with the next call. A result is there when the stream has passed all that is queued on it.
 //
 // Sums of 16-bit floats are rounded once, if the groups sum float32 as they say and the workbench
 // has it so; buffers of the node are then float32 copies, not the caller's. avg: sums everywhere,
@@ -123,6 +136,8 @@ class HierarchicalGroup final : public Group {
   void check_groups() const;
   void agree_on_plan(const Deadline& deadline);
 
+  // Throws UsageError; before anything is sent.
+  void check_call(Op op, const Call& call) const;
   // Runs a collective; if it fails, everybody learns why.
   template <typename Body>
   void collective(const Fingerprint& mine, const Call& call, Body body);
@@ -141,12 +156,12 @@ class HierarchicalGroup final : public Group {
   // From the sum over all ranks to what the op asks for.
   void conclude(Span result, Span total, Op op);
 
+  std::unique_ptr<Workbench> bench_;  // its memory outlives what the groups do with it
   std::unique_ptr<Group> local_, across_;
   const Nodes nodes_;
   const std::vector<int> first_ranks_;  // by node, and the size at the end
   const bool is_even_;
   const size_t leaders_up_to_bytes_;
-  std::unique_ptr<Workbench> bench_;
 };
 
 }  // namespace pyar

@@ -9,8 +9,9 @@ namespace pyar {
 NcclGroup::NcclGroup(Parts parts) : parts_(std::move(parts)) {
   try {
     const DeviceScope scope(parts_.cuda, parts_.device);
-    stream_ = std::make_unique<Stream>(parts_.cuda);
-    watch_ = std::make_shared<NcclWatch>(nccl_, parts_.cuda, parts_.control);
+    lane_ = parts_.lane ? parts_.lane : std::make_shared<NcclLane>(parts_.cuda, parts_.device);
+    watch_ = std::make_shared<NcclWatch>(nccl_, lane_, parts_.control);
+    lane_->enter(watch_);
   } catch (const Error& error) {
     control_.report(error);  // or the others would wait for this rank
     throw;
@@ -20,7 +21,7 @@ NcclGroup::NcclGroup(Parts parts) : parts_(std::move(parts)) {
 
 NcclGroup::NcclGroup(const NcclLibrary& nccl, const CudaRuntime& cuda, int device,
                      std::shared_ptr<Control> control, Scale scale, const Call& call)
-    : NcclGroup(Parts{nccl, cuda, device, std::move(control), std::move(scale)}) {
+    : NcclGroup(Parts{nccl, cuda, device, std::move(control), std::move(scale), nullptr}) {
   watch_->guarded([&] { connect(call); });
 }
 
@@ -43,11 +44,7 @@ void NcclGroup::connect(const Call& call) {
 
 NcclGroup::~NcclGroup() { leave(); }
 
-void NcclGroup::fail(const Error& cause) try {
-  throw_error(cause.cause(), cause.what(), cause.peers());
-} catch (const Error&) {
-  watch_->end_by(std::current_exception());  // of the type that the cause names
-}
+void NcclGroup::fail(const Error& cause) { watch_->end_by(cause); }
 
 void NcclGroup::leave() {
   if (!owner_.is_this_one()) return;
@@ -68,24 +65,29 @@ void NcclGroup::launch(const char* function, const Fingerprint& mine, const Call
     control_.agree(mine, call);
     if (mine.num_elems == 0) return;
     const DeviceScope scope(parts_.cuda, parts_.device);
-    if (call.ready) parts_.cuda.stream_wait_event(stream_->get(), call.ready, 0);
-    NcclWatch::Flight flight = watch_->begin_flight(mine, call, stream_->get());
+    if (call.ready) parts_.cuda.stream_wait_event(stream(), call.ready, 0);
+    NcclWatch::Flight flight = watch_->begin_flight(mine, call);
     watch_->call(function, begin, call);
-    if (op == Op::kAvg) parts_.scale(result, 1.0 / size(), stream_->get());
-    latest_ = watch_->end_flight(std::move(flight), stream_->get());
+    if (op == Op::kAvg) scale(result, 1.0 / size());
+    latest_ = watch_->end_flight(std::move(flight));
   });
 }
 
 // Before anything is sent.
-void NcclGroup::refuse_average(Op op) const {
+void NcclGroup::check_op(Op op) const {
   if (op == Op::kAvg && !parts_.scale)
     throw UsageError(
         "an average on a device needs the CUDA kernels, without which this installation was built; "
         "sum, and scale the result");
 }
 
+void NcclGroup::scale(Span data, double factor) {
+  const DeviceScope scope(parts_.cuda, parts_.device);
+  parts_.scale(data, factor, stream());
+}
+
 void NcclGroup::all_reduce(Span data, Op op, const Call& call) {
-  refuse_average(op);
+  check_op(op);
   launch(
       nccl_.all_reduce.name(),
       fingerprint(Kind::kAllReduce, data.num_elems, data.dtype, static_cast<uint32_t>(op), kNoRoot,
@@ -93,13 +95,13 @@ void NcclGroup::all_reduce(Span data, Op op, const Call& call) {
       call,
       [&](NcclComm comm) {
         return nccl_.all_reduce.status(data.data, data.data, data.num_elems, nccl_dtype(data.dtype),
-                                       nccl_op(op), comm, stream_->get());
+                                       nccl_op(op), comm, stream());
       },
       data, op);
 }
 
 void NcclGroup::reduce_scatter(Span output, ConstSpan input, Op op, const Call& call) {
-  refuse_average(op);
+  check_op(op);
   launch(
       nccl_.reduce_scatter.name(),
       fingerprint(Kind::kReduceScatter, input.num_elems, input.dtype, static_cast<uint32_t>(op),
@@ -107,8 +109,7 @@ void NcclGroup::reduce_scatter(Span output, ConstSpan input, Op op, const Call& 
       call,
       [&](NcclComm comm) {
         return nccl_.reduce_scatter.status(input.data, output.data, output.num_elems,
-                                           nccl_dtype(output.dtype), nccl_op(op), comm,
-                                           stream_->get());
+                                           nccl_dtype(output.dtype), nccl_op(op), comm, stream());
       },
       output, op);
 }
@@ -118,7 +119,7 @@ void NcclGroup::all_gather(Span output, ConstSpan input, const Call& call) {
          fingerprint(Kind::kAllGather, output.num_elems, output.dtype, kNoOp, kNoRoot, call), call,
          [&](NcclComm comm) {
            return nccl_.all_gather.status(input.data, output.data, input.num_elems,
-                                          nccl_dtype(input.dtype), comm, stream_->get());
+                                          nccl_dtype(input.dtype), comm, stream());
          });
 }
 
@@ -128,13 +129,14 @@ void NcclGroup::broadcast(Span data, int root, const Call& call) {
          fingerprint(Kind::kBroadcast, data.num_elems, data.dtype, kNoOp, global_root, call), call,
          [&](NcclComm comm) {
            return nccl_.broadcast.status(data.data, data.data, data.num_elems,
-                                         nccl_dtype(data.dtype), root, comm, stream_->get());
+                                         nccl_dtype(data.dtype), root, comm, stream());
          });
 }
 
 void NcclGroup::barrier(const Call& call) {
-  launch("", fingerprint(Kind::kBarrier, 0, DType::kUInt8, kNoOp, kNoRoot, call), call,
-         [](NcclComm) { return kNcclSuccess; });
+  watch_->guarded([&] {
+    control_.agree(fingerprint(Kind::kBarrier, 0, DType::kUInt8, kNoOp, kNoRoot, call), call);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ std::unique_ptr<NcclGroup> NcclGroup::split(int color, std::shared_ptr<Control> 
     if (!nccl_.comm_split)
       throw Error("NCCL at " + nccl_.library().path() + " lacks ncclCommSplit");
     const DeviceScope scope(parts_.cuda, parts_.device);
-    // Nothing shared: an abort of one leaves the other alone.
+    // Nothing shared: closing one leaves the other alone.
     wanted_ = std::make_unique<Wanted>(NcclConfig{.blocking = 0, .split_share = 0});
     const int key = control ? control->rank() : 0;
     watch_->call(
@@ -158,8 +160,8 @@ std::unique_ptr<NcclGroup> NcclGroup::split(int color, std::shared_ptr<Control> 
         },
         call);
     if (color == kNoColor) return;
-    part.reset(
-        new NcclGroup(Parts{nccl_, parts_.cuda, parts_.device, std::move(control), parts_.scale}));
+    part.reset(new NcclGroup(
+        Parts{nccl_, parts_.cuda, parts_.device, std::move(control), parts_.scale, lane_}));
     part->watch_->guarded([&] {
       part->watch_->connect(wanted_->comm, nccl_.comm_split.name(), kNcclInProgress, call);
     });

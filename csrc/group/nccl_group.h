@@ -16,6 +16,7 @@
 #include "device/cuda_runtime.h"
 #include "group/control.h"
 #include "group/group.h"
+#include "group/nccl_lane.h"
 #include "group/nccl_library.h"
 #include "group/nccl_watch.h"
 
@@ -70,7 +71,10 @@ class NcclGroup final : public Group {
 
   static constexpr int kNoColor = -1;
   // Collective: ranks of equal color form a group, ranked as in the `control` that serves it. Those
-  // of kNoColor take part too, give no control and get no group. Error if NCCL cannot split.
+  // of kNoColor take part too, give no control and get no group. Error if NCCL cannot split. Both
+  // groups run on one stream: what either launches comes after all that both have launched before.
+  // They are used by one thread at a time, in the same order on all ranks, and fail together; each
+  // may be gone before the other.
   std::unique_ptr<NcclGroup> split(int color, std::shared_ptr<Control> control, const Call& call);
 
   // What comes later on `stream` waits for all collectives launched so far, or up to a call. Throws
@@ -82,7 +86,8 @@ class NcclGroup final : public Group {
   bool has_ended(uint64_t sequence) { return watch_->has_ended(sequence); }
   // Where all collectives run, in their order: what is queued here comes after those launched so
   // far.
-  CudaStream stream() const { return stream_->get(); }
+  CudaStream stream() const { return lane_->stream(); }
+  const std::shared_ptr<NcclLane>& lane() const { return lane_; }
   // When the latest collective began and ended on the device. For the thread that launches.
   const FlightMarks& latest() const { return latest_; }
   // Throws the first error, if one has happened.
@@ -90,6 +95,11 @@ class NcclGroup final : public Group {
   // Not zero once results are worthless: what is queued behind them reads it first, and does
   // nothing. Pinned host memory, valid as long as the group.
   const std::atomic<uint32_t>& aborted() const { return watch_->aborted(); }
+
+  // Throws UsageError if this group cannot do the op: averages without a Scale.
+  void check_op(Op op) const;
+  // In stream order.
+  void scale(Span data, double factor);
 
   // Memory of this device that may outlive the group. Error if NCCL gives none.
   std::shared_ptr<NcclBuffer> allocate(size_t bytes);
@@ -108,6 +118,7 @@ class NcclGroup final : public Group {
     int device;
     std::shared_ptr<Control> control;
     Scale scale;
+    std::shared_ptr<NcclLane> lane;  // null: a new one
   };
   // What NCCL may write to after the function that asks for a communicator has returned.
   struct Wanted {
@@ -120,13 +131,12 @@ class NcclGroup final : public Group {
   // Agrees with the other ranks, then launches what `begin` begins; for averages, scales `result`.
   void launch(const char* function, const Fingerprint& mine, const Call& call,
               const std::function<int(NcclComm)>& begin, Span result = {}, Op op = Op::kSum);
-  void refuse_average(Op op) const;
 
   const Parts parts_;
   const NcclLibrary& nccl_ = parts_.nccl;
   Control& control_ = *parts_.control;
   const OwnerProcess owner_;
-  std::unique_ptr<Stream> stream_;  // on which all collectives run
+  std::shared_ptr<NcclLane> lane_;
   FlightMarks latest_;
   std::unique_ptr<Wanted> wanted_;
   std::shared_ptr<NcclWatch> watch_;

@@ -30,12 +30,12 @@ std::exception_ptr error_of(Body body) {
 
 }  // namespace
 
-NcclWatch::NcclWatch(const NcclLibrary& nccl, const CudaRuntime& cuda,
+NcclWatch::NcclWatch(const NcclLibrary& nccl, std::shared_ptr<NcclLane> lane,
                      std::shared_ptr<Control> control)
     : nccl_(nccl),
-      cuda_(cuda),
+      lane_(std::move(lane)),
       control_(std::move(control)),
-      flag_(cuda, sizeof(std::atomic<uint32_t>)),
+      flag_(cuda_, sizeof(std::atomic<uint32_t>)),
       aborted_(new (flag_.data()) std::atomic<uint32_t>(0)) {}
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -59,25 +59,32 @@ void NcclWatch::guarded(const std::function<void()>& body) {
   check_locked();
 }
 
-void NcclWatch::end_by(std::exception_ptr error) {
+void NcclWatch::end_by(const Error& cause) {
   Lock lock(mutex_);
-  fail(lock, std::move(error));
+  if (over_) return;
+  fail(lock, error_of([&] { throw_error(cause.cause(), cause.what(), cause.peers()); }));
 }
 
-// The first error stays. The watching thread aborts, since that may take its time.
+// The first error stays. The watching thread aborts, since that may take its time: not before the
+// other groups of the lane know.
 void NcclWatch::fail(Lock& lock, std::exception_ptr error) {
   if (first_error_) return;
   first_error_ = error;
   // Before the abort, which lets flights end and what is queued behind them begin.
-  aborted_->store(1, std::memory_order_release);
+  mark_aborted();
+  lane_->mark_aborted();
   changed_.notify_all();
   lock.unlock();
+  const auto tell = [&](const Error& cause) {
+    lane_->fail(cause);
+    control_->report(cause);
+  };
   try {
     std::rethrow_exception(error);
   } catch (const Error& known) {
-    control_->report(known);
+    tell(known);
   } catch (const std::exception& unknown) {
-    control_->report(Error(unknown.what()));
+    tell(Error(unknown.what()));
   }
   lock.lock();
 }
@@ -98,7 +105,7 @@ int NcclWatch::within(Lock& lock, const std::function<int(NcclComm)>& body) {
   return status;
 }
 
-int NcclWatch::wait_until_done(int status, const char* function, uint64_t sequence,
+int NcclWatch::wait_until_done(int status, const char* function, uint64_t number,
                                const Call& call) {
   const auto is_done = [&] {
     if (status != kNcclInProgress) return true;
@@ -112,7 +119,7 @@ int NcclWatch::wait_until_done(int status, const char* function, uint64_t sequen
     std::this_thread::sleep_for(duration(std::min(slice_s, kPollS)));
   };
   const auto watch = [&](bool late) {
-    control_->check_peers(sequence, function);
+    control_->check_peers(number, function);
     if (control_->is_interrupted())
       throw Error(std::string(function) + " was under way when the communicator was closed");
     if (late)
@@ -142,7 +149,7 @@ void NcclWatch::call(const char* function, const std::function<int(NcclComm)>& b
     Lock lock(mutex_);
     status = within(lock, begin);
   }
-  status = wait_until_done(status, function, call.sequence, call);
+  status = wait_until_done(status, function, num_launched_ + 1, call);
   if (status != kNcclSuccess) throw nccl_.error(function, status);
 }
 
@@ -155,24 +162,31 @@ void NcclWatch::call_if_alive(const std::function<int(NcclComm)>& begin) {
 // ---------------------------------------------------------------------------------------------------------------
 // Flights
 
-NcclWatch::Flight NcclWatch::begin_flight(const Fingerprint& mine, const Call& call,
-                                          CudaStream stream) {
+NcclWatch::Flight NcclWatch::begin_flight(const Fingerprint& mine, const Call& call) {
   const auto begun = std::make_shared<Event>(cuda_, Event::Timing::kYes);
-  begun->record(stream);
+  begun->record(lane_->stream());
+  const std::lock_guard lock(mutex_);
+  launching_ = lane_->next_place();
+  note_place();
   return {.call = mine,
           .subject = std::string(call.subject),
+          .number = num_launched_ + 1,
+          .place = launching_,
           .timeout_s = call.deadline.timeout_s(),
           .late_s = now_s() + call.deadline.remaining_s(),
           .marks = {.begun = begun, .ended = nullptr}};
 }
 
-FlightMarks NcclWatch::end_flight(Flight flight, CudaStream stream) {
+FlightMarks NcclWatch::end_flight(Flight flight) {
   const auto ended = std::make_shared<Event>(cuda_, Event::Timing::kYes);
-  ended->record(stream);
+  ended->record(lane_->stream());
   flight.marks.ended = ended;
   const FlightMarks marks = flight.marks;
+  ++num_launched_;
   const std::lock_guard lock(mutex_);
   flights_.push_back(std::move(flight));
+  launching_ = NcclLane::kNoPlace;
+  note_place();
   changed_.notify_all();
   return marks;
 }
@@ -182,6 +196,10 @@ const NcclWatch::Flight* NcclWatch::latest_until(uint64_t sequence) const {
   for (auto flight = flights_.rbegin(); flight != flights_.rend(); ++flight)
     if (flight->call.sequence <= sequence) return &*flight;
   return nullptr;
+}
+
+void NcclWatch::note_place() {
+  place_.store(flights_.empty() ? launching_ : flights_.front().place, std::memory_order_relaxed);
 }
 
 void NcclWatch::hold_back(CudaStream stream, uint64_t sequence) {
@@ -201,12 +219,13 @@ bool NcclWatch::has_ended(uint64_t sequence) {
 void NcclWatch::retire() {
   for (const Flight& flight : flights_) {
     if (!flight.marks.begun->has_passed()) break;
-    progress_.begun = flight.call.sequence;
+    progress_.begun = flight.number;
   }
   while (!flights_.empty() && flights_.front().marks.ended->has_passed()) {
-    progress_.ended = flights_.front().call.sequence;
+    progress_.ended = flights_.front().number;
     flights_.pop_front();
   }
+  note_place();
   control_->tell(progress_);
 }
 
@@ -254,10 +273,10 @@ std::exception_ptr NcclWatch::find_trouble(Lock& lock) {
   retire();
   if (flights_.empty() && !is_broken) return nullptr;
 
-  const uint64_t sequence = flights_.empty() ? kNever : flights_.front().call.sequence;
+  const uint64_t number = flights_.empty() ? kNever : flights_.front().number;
   const std::string during = flights_.empty() ? "a collective" : flights_.front().what();
   lock.unlock();
-  const std::exception_ptr missed = error_of([&] { control_->check_peers(sequence, during); });
+  const std::exception_ptr missed = error_of([&] { control_->check_peers(number, during); });
   lock.lock();
   if (missed || !is_broken) return missed;
   return std::make_exception_ptr(nccl_.error("NCCL, during " + during, status));
@@ -270,8 +289,7 @@ std::exception_ptr NcclWatch::find_late() const {
   std::vector<int> absent;
   for (int r = 0; r < control_->size(); ++r) {
     const uint64_t begun = r == control_->rank() ? progress_.begun : control_->progress_of(r).begun;
-    if (begun < flight.call.sequence)
-      absent.push_back(control_->global_ranks()[static_cast<size_t>(r)]);
+    if (begun < flight.number) absent.push_back(control_->global_ranks()[static_cast<size_t>(r)]);
   }
   const std::string late = flight.what() + " after " + seconds(flight.timeout_s);
   if (absent.empty())
@@ -311,17 +329,26 @@ void NcclWatch::let_end(Lock& lock) {
   if (!flights_.empty()) fail(lock, trouble);
 }
 
+void NcclWatch::let_those_behind_abort() {
+  const Deadline deadline(kBehindS);
+  while (lane_->has_group_behind(place()) && !deadline.passed())
+    std::this_thread::sleep_for(duration(kPollS));
+}
+
 void NcclWatch::abort(Lock& lock) {
   changed_.wait_for(lock, duration(kCallEndsS), [&] { return num_calls_ == 0; });
   const NcclComm comm = std::exchange(comm_, nullptr);
   lock.unlock();
+  let_those_behind_abort();
   if (comm) nccl_.comm_abort.status(comm);
+  lane_->leave(*this);
   lock.lock();
   // What has been aborted ends soon, and only then leaves the caller's memory alone. Peers are not
   // told that it has ended: it has not ended well.
   error_of([&] {
     wait(lock, kAbortedEndS, [&] {
       while (!flights_.empty() && flights_.front().marks.ended->has_passed()) flights_.pop_front();
+      note_place();
       return flights_.empty();
     });
   });

@@ -173,8 +173,8 @@ Progress SharedMemoryGroup::progress_of(int rank) const {
           page(rank).ended.load(std::memory_order_relaxed)};
 }
 
-void SharedMemoryGroup::check_peers(uint64_t sequence, std::string_view during) const {
-  check_ranks(during, [&](int r) { return r != rank() && progress_of(r).ended < sequence; });
+void SharedMemoryGroup::check_peers(uint64_t number, std::string_view during) const {
+  check_ranks(during, [&](int r) { return r != rank() && progress_of(r).ended < number; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------

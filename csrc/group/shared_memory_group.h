@@ -94,7 +94,7 @@ class SharedMemoryGroup final : public Group, public Control {
   void agree(const Fingerprint& mine, const Call& call) override;
   void tell(Progress mine) override;
   Progress progress_of(int rank) const override;
-  void check_peers(uint64_t sequence, std::string_view during) const override;
+  void check_peers(uint64_t number, std::string_view during) const override;
   void report(const Error& error) override;
   void interrupt() override { interrupted_.store(true, std::memory_order_relaxed); }
   bool is_interrupted() const override { return interrupted_.load(std::memory_order_relaxed); }
