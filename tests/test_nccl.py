@@ -27,7 +27,7 @@ def core_library() -> Path:
 
 
 @pytest.mark.deadline(240)
-@pytest.mark.parametrize("program", ["device", "device_side", "nccl"])
+@pytest.mark.parametrize("program", ["device", "device_side", "nccl", "nccl_hierarchy"])
 def test_program(program: str, mocks: Path) -> None:
     """The tests in C++ also run under the sanitizers (`make sanitize`); here, without them, always."""
     binary = mocks / program

@@ -2,10 +2,14 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "check.h"
 #include "device/cuda_runtime.h"
+#include "group/group.h"
 #include "group/nccl_library.h"
 #include "mock/mock.h"
 
@@ -27,5 +31,24 @@ inline const MockControl& control_of(const DynamicLibrary& library) {
   return *reinterpret_cast<const MockControl* (*)()>(library.symbol(MockControl::kSymbol))();
 }
 inline const MockControl& mock() { return control_of(cuda().library()); }
+
+// Work of a kernel.
+inline void on_stream(CudaStream stream, std::function<void()> work) {
+  using Work = std::function<void()>;
+  mock().launch(
+      stream,
+      [](void* argument) {
+        const std::unique_ptr<Work> owned(static_cast<Work*>(argument));
+        (*owned)();
+      },
+      new Work(std::move(work)));
+}
+
+// Of float32 alone.
+inline void scale_floats(Span data, double factor, CudaStream stream) {
+  on_stream(stream, [=] {
+    for (size_t i = 0; i < data.num_elems; ++i) static_cast<float*>(data.data)[i] *= float(factor);
+  });
+}
 
 }  // namespace pyar::test

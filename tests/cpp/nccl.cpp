@@ -18,29 +18,10 @@ bool contains(const Error& error, const std::string& words) {
   return std::string(error.what()).find(words) != std::string::npos;
 }
 
-// Work of a kernel.
-void on_stream(CudaStream stream, std::function<void()> work) {
-  using Work = std::function<void()>;
-  mock().launch(
-      stream,
-      [](void* argument) {
-        const std::unique_ptr<Work> owned(static_cast<Work*>(argument));
-        (*owned)();
-      },
-      new Work(std::move(work)));
-}
-
 Call connecting(double timeout_s = 30) {
   Call call = Calls().next(timeout_s);
   call.sequence = 0;
   return call;
-}
-
-// Of float32 alone.
-void scale_floats(Span data, double factor, CudaStream stream) {
-  on_stream(stream, [=] {
-    for (size_t i = 0; i < data.num_elems; ++i) static_cast<float*>(data.data)[i] *= float(factor);
-  });
 }
 
 // A rank with a stream of its own, as a training has.

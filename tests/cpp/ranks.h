@@ -24,10 +24,10 @@ namespace pyar::test {
 // first one on): a local rank that gets where a global one belongs is not one of them.
 class World {
  public:
-  explicit World(int size, int first_global = 10) : global_ranks_(static_cast<size_t>(size)) {
+  explicit World(int size, int first_global = 10) : World(every_third(size, first_global)) {}
+  explicit World(std::vector<int> global_ranks) : global_ranks_(std::move(global_ranks)) {
     static std::atomic<int> worlds{0};
     name_ = "pyallreduce-test-" + std::to_string(getpid()) + "-" + std::to_string(worlds++);
-    for (int r = 0; r < size; ++r) global_ranks_[static_cast<size_t>(r)] = first_global + 3 * r;
   }
   int size() const { return static_cast<int>(global_ranks_.size()); }
   int global(int local_rank) const { return global_ranks_[static_cast<size_t>(local_rank)]; }
@@ -43,6 +43,12 @@ class World {
   }
 
  private:
+  static std::vector<int> every_third(int size, int first) {
+    std::vector<int> ranks;
+    for (int r = 0; r < size; ++r) ranks.push_back(first + 3 * r);
+    return ranks;
+  }
+
   std::vector<int> global_ranks_;
   std::string name_;
 };
