@@ -30,7 +30,8 @@ def two_runs_then_one_and_a_resumption(rank: int, size: int, output: str) -> Any
         whole = train_runs(further, comm)
         only = {
             "name": "tested",
-            "seed": 4,
+            "seed": 0,  # neither this nor the minibatch is the run's: only the network counts
+            "batch_size": 32,
             "test_only": True,
             "resume": f"{output}/alone",
             "max_steps": None,
@@ -109,6 +110,22 @@ def test_only_evaluating_leaves_the_run_alone(output, summaries):
 def test_evaluating_needs_a_checkpoint():
     with pytest.raises(par.UsageError, match="--test-only: given without --resume"):
         config("", test_only=True)
+
+
+def another_network(rank: int, size: int, output: str) -> str:
+    values = {"test_only": True, "resume": f"{output}/alone", "model": "fashion-resnet8", "name": "no"}
+    with (
+        closing(par.init(timeout_s=20)) as comm,
+        pytest.raises(par.UsageError) as refused,
+    ):
+        train_runs(config(output, **values), comm)
+    return str(refused.value)
+
+
+def test_evaluating_needs_the_same_network(output, summaries):
+    for message in run_ranks(2, another_network, str(output)):
+        assert "holds a digits-resnet" in message
+        assert "give --model digits-resnet" in message
 
 
 def test_mean_and_deviation():

@@ -38,6 +38,9 @@ def find(cfg: Config, k: int, images: str, comm: par.Communicator) -> Resumed | 
     path = Path(os.fsdecode(answer)) if comm.rank == 0 else None
     content = checkpoint.load(path, comm)
     stored = content["identity"]
+    if cfg.test_only:
+        _check_network(stored, cfg, path)
+        return Resumed(content, path, ())
     _check(stored, cfg, k, comm.size, path)
     if stored["images"] != images:
         raise par.UsageError(
@@ -78,6 +81,15 @@ def _choose(cfg: Config) -> bytes:
         return os.fsencode(checkpoint.newest_intact(files)) if files else b""
     except par.UsageError as error:
         raise par.UsageError(f"--resume: {error}; leave the flag out to start a new run") from None
+
+
+def _check_network(stored: Mapping[str, Any], cfg: Config, path: Path | None) -> None:
+    """All that an evaluation needs: on how many processes, and with which recipe, is its own."""
+    if stored["model"] != cfg.model:
+        raise par.UsageError(
+            f"--resume: {path} holds a {stored['model']}, this run has --model {cfg.model}; give "
+            f"--model {stored['model']}, or the preset of then"
+        )
 
 
 def _check(

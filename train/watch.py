@@ -85,7 +85,8 @@ class Watch:
         """On a GPU, of the iteration before: reading this one's loss would stall the device."""
         if not loss.is_cuda:
             return math.isfinite(loss.item())
-        copy, copied = loss.detach().to("cpu", non_blocking=True), torch.cuda.Event()
+        copy, copied = torch.empty((), pin_memory=True), torch.cuda.Event()
+        copy.copy_(loss.detach(), non_blocking=True)
         copied.record()
         self._late.append((copy, copied))
         if len(self._late) == 1:
