@@ -100,7 +100,7 @@ def test_only_evaluating_leaves_the_run_alone(output, summaries):
     assert [run["step"] for run in tested] == [2, 2]
     assert tested[0]["accuracy_final"] == alone["accuracy_final"]
     assert tested[0]["bn_statistics"] == "worker 0's running statistics"
-    assert tested[1]["bn_statistics"].startswith("statistics recomputed over 1424 training images")
+    assert tested[1]["bn_statistics"].startswith("statistics recomputed over 1408 training images")
     assert json.loads((output / "alone" / "config.json").read_text())["test_only"] is False
     assert not list((output / "tested").rglob("*.pt"))
     # Two iterations are too few for a running average, so the two kinds cannot agree by chance.
