@@ -397,10 +397,10 @@ void a_late_device_is_named(const Cluster& cluster, size_t leaders_up_to_bytes, 
                             Obstacle obstacle) {
   mock().reset();
   Meeting end(cluster.size());
+  obstacle.work = [&] {
+    while (end.missing > 0) sleep_ms(1);
+  };
   on_ranks(cluster, [&](int me) {
-    obstacle.work = [&] {
-      while (end.missing > 0) sleep_ms(1);
-    };
     Rank rank(cluster, me, leaders_up_to_bytes, scale_floats, me == late ? obstacle : Obstacle{});
     try {
       rank.group->all_reduce(rank.span(), Op::kSum, rank.next(0.5));
