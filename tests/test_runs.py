@@ -113,7 +113,12 @@ def test_evaluating_needs_a_checkpoint():
 
 
 def another_network(rank: int, size: int, output: str) -> str:
-    values = {"test_only": True, "resume": f"{output}/alone", "model": "fashion-resnet8", "name": "no"}
+    values = {
+        "test_only": True,
+        "resume": f"{output}/alone",
+        "model": "fashion-resnet8",
+        "name": "no",
+    }
     with (
         closing(par.init(timeout_s=20)) as comm,
         pytest.raises(par.UsageError) as refused,
