@@ -34,7 +34,7 @@ class Interrupted(Exception):
 class Watch:
     """One all-reduce of 16 bytes per iteration, where the ranks have just met in the aggregation.
 
-    About 10 us of an iteration, of which 3 us are the all-reduce (2 ranks, 2 cores): most is Python.
+    About 10 us of an iteration (2 ranks, 2 cores).
     """
 
     def __init__(self, comm: par.Communicator) -> None:
