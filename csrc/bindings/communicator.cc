@@ -95,8 +95,11 @@ void Communicator::check_not_failed() {
 
 void Communicator::close() {
   if (engine_->is_forked_child()) return;  // it is the parent's
-  engine_->close([this] { group_->interrupt(); });
-  if (device_) device_->leave();
+  const auto interrupt = [this] { group_->interrupt(); };
+  if (device_)
+    engine_->close(interrupt, [this] { device_->leave(); });  // NCCL may hang in a call
+  else
+    engine_->close(interrupt);
   group_->leave();
 }
 

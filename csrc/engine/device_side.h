@@ -48,7 +48,8 @@ class DeviceSide {
   // Throws the first error of the device, if one has happened.
   void check() const;
   Mark mark(CudaStream stream);
-  // After the engine has been closed: at most a second.
+  // Ends what hangs in a call; at most a second. From any thread, once no task is to begin any
+  // more.
   void leave();
 
  private:

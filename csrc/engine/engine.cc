@@ -173,17 +173,19 @@ void Engine::work_loop() {
   }
 }
 
-void Engine::close(const std::function<void()>& interrupt) {
+void Engine::close(const std::function<void()>& interrupt, const std::function<void()>& end_calls) {
   if (is_forked_child()) return;
+  const double interrupted_s = end_calls ? 5 * kWatchSliceS : 1.0;
   {
     std::unique_lock lock(mutex_);
     closed_ = true;
     interrupt();
     changed_.notify_all();
     // A caller inside run() leaves within a slice; the group must not be taken from under it.
-    changed_.wait_for(lock, std::chrono::duration<double>(1.0),
+    changed_.wait_for(lock, std::chrono::duration<double>(interrupted_s),
                       [&] { return !busy_ && queue_.empty(); });
   }
+  if (end_calls) end_calls();
   const std::lock_guard lock(join_mutex_);
   if (worker_.joinable()) worker_.join();
 }

@@ -79,8 +79,10 @@ class Engine {
   void run(const Task& task, uint64_t layout, const std::function<void()>& on_slice);
 
   // Refuses further calls, ends the worker within a watch slice once `interrupt` has been called on
-  // the group. Idempotent, from any thread. Unfinished collectives end with an Error.
-  void close(const std::function<void()>& interrupt);
+  // the group. Idempotent, from any thread. Unfinished collectives end with an Error. `end_calls`,
+  // if given, ends those of somebody else's library that no interrupt reaches; runs at most once
+  // per close, and without it such a call would be waited for.
+  void close(const std::function<void()>& interrupt, const std::function<void()>& end_calls = {});
 
   // Makes `error` the first one, if there is none: waits in progress end with it, and so do all
   // calls to come.

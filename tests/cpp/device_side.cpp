@@ -13,17 +13,6 @@ using namespace pyar::test;
 
 namespace {
 
-void on_stream(CudaStream stream, std::function<void()> work) {
-  using Work = std::function<void()>;
-  mock().launch(
-      stream,
-      [](void* argument) {
-        const std::unique_ptr<Work> owned(static_cast<Work*>(argument));
-        (*owned)();
-      },
-      new Work(std::move(work)));
-}
-
 void sleep_ms(int milliseconds) {
   std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
 }
@@ -36,9 +25,9 @@ struct Rank {
         side(cuda(), me, [this, me](const Call& call) {
           return std::make_unique<NcclGroup>(nccl(), cuda(), me, control, nullptr, call);
         }) {}
-  ~Rank() {
-    engine.close([this] { control->interrupt(); });
-    side.leave();
+  ~Rank() { close(); }
+  void close() {
+    engine.close([this] { control->interrupt(); }, [this] { side.leave(); });
   }
 
   std::shared_ptr<Work> all_reduce(std::vector<float>& data,
@@ -171,6 +160,26 @@ void a_device_that_cannot_be_used_is_everyones_error() {
   mock().reset();
 }
 
+// NCCL does not return from the call: closing aborts it, and does not wait for ever.
+void closing_ends_a_call_that_hangs() {
+  mock().reset();
+  const World world(2);
+  on_threads(2, [&](int me) {
+    Rank rank(world, me);
+    std::vector<float> data(5, 1.0f);
+    finish(rank.all_reduce(data));  // connects
+    rank.engine.run([](Group& group, const Call& call) { group.barrier(call); }, 0, [] {});
+    if (me == 1) mock().fail("ncclAllReduce", 1, 1, MockControl::kStalls);
+    const auto work = rank.all_reduce(data);
+    sleep_ms(100);
+    const double began_s = now_s();
+    rank.close();
+    CHECK(now_s() - began_s < 1.5);
+    if (me == 1) CHECK(error_of<Error>([&] { finish(work); }).what());
+  });
+  mock().reset();
+}
+
 }  // namespace
 
 int main() {
@@ -180,4 +189,5 @@ int main() {
   what_follows_a_collective_is_waited_for_and_counts();
   a_mark_has_a_time_once_it_is_passed();
   a_device_that_cannot_be_used_is_everyones_error();
+  closing_ends_a_call_that_hangs();
 }

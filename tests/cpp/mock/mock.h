@@ -13,6 +13,8 @@ struct MockControl {
   void (*reset)();
   // The nth call (1: the next) of `function` by `rank` returns `status` and does nothing else.
   void (*fail)(const char* function, int rank, int nth, int status);
+  // As a status: the call does not return before its communicator is aborted.
+  static constexpr int kStalls = -1;
   // The nth collective of `rank` never ends, unless its communicator is aborted.
   void (*hang)(int rank, int nth);
   // What the communicators of `rank` answer to ncclCommGetAsyncError.

@@ -189,7 +189,10 @@ void reduce_into(Comm& comm, const DTypeEntry& dtype, int op, char* to, size_t b
 template <typename Body>
 int collective(const char* function, void* handle, void* stream, Body body) {
   const CommPtr comm = comm_of(handle);
-  if (const int ordered = entered(function, comm->rank())) return ordered;
+  if (const int ordered = entered(function, comm->rank())) {
+    while (ordered == MockControl::kStalls && !comm->aborted) sleep_s(2e-4);
+    return ordered == MockControl::kStalls ? kInvalidArgument : ordered;
+  }
   if (comm->state != kSuccess) return kInvalidArgument;  // its init is not over
   const bool hangs = is_to_hang(comm->rank());
   auto work = [comm, hangs, body] {
