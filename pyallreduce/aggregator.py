@@ -37,8 +37,9 @@ from pyallreduce.buckets import (
 )
 from pyallreduce.communicator import Communicator
 from pyallreduce.drift import DriftSentinel
-from pyallreduce.eager import EagerUpdater, Updater, check_optimizer
+from pyallreduce.eager import Updater, check_optimizer
 from pyallreduce.eager_device import DeviceUpdater
+from pyallreduce.eager_host import HostUpdater
 from pyallreduce.errors import Error, UsageError
 from pyallreduce.report import BucketRecord, Iteration, IterationRecord, NonFinite, Time, summarise
 from pyallreduce.sgd import SGD
@@ -146,7 +147,7 @@ class GradientAggregator:
             bucket.allocate(self._side.memory)
         self._updater = self._make_updater(sgd, bool(share_parameters))
         if isinstance(self._side, DeviceSide) and isinstance(optimizer, SGD):
-            optimizer.on_device(self._side.where).aborted = self._side.device.aborted
+            optimizer.on_device(self._side.where).source = self._side.device
 
         self._sentinel = self._drift_sentinel(module, check_every)
         self._syncs = True  # False inside no_sync()
@@ -243,6 +244,8 @@ class GradientAggregator:
             handle.remove()
         if self._updater is not None:
             self._updater.detach()
+        if isinstance(self._side, DeviceSide) and isinstance(self._optimizer, SGD):
+            self._optimizer.on_device(self._side.where).source = None
         self._close_records()
         if self._trace is not None:
             self._trace.flush()
@@ -522,7 +525,7 @@ class GradientAggregator:
         scale = 1.0 / self.comm.size if self.op is OPS["avg"] else 1.0
         if isinstance(self._side, DeviceSide):
             return DeviceUpdater(self.comm, self._side, self._buckets, optimizer, scale)
-        return EagerUpdater(self.comm, self._buckets, optimizer, scale, is_shared)
+        return HostUpdater(self.comm, self._buckets, optimizer, scale, is_shared)
 
     def _drift_sentinel(self, module: torch.nn.Module, every: int) -> DriftSentinel | None:
         """Over all parameters, frozen ones too, and their optimizer state, but for what the ranks have one copy of."""
@@ -532,7 +535,7 @@ class GradientAggregator:
         on_one_host = trained if self.comm.num_nodes == 1 else set()
         updater = self._updater
         one_copy_weights = on_one_host if updater is not None and updater.is_shared else set()
-        one_copy_momentum = on_one_host if isinstance(updater, EagerUpdater) else set()
+        one_copy_momentum = on_one_host if isinstance(updater, HostUpdater) else set()
         named = list(module.named_parameters())
         weights = [(name, p) for name, p in named if p not in one_copy_weights]
         momentum = [(name, p) for name, p in named if p in trained - one_copy_momentum]

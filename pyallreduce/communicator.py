@@ -80,8 +80,7 @@ class Work:
     """A collective on its way. The communicator keeps its tensors alive until it is finished."""
 
     def __init__(self, work: _core.Work) -> None:
-        self._work: _core.Work | _core.DeviceWork = work
-        self._wait = work.wait
+        self._work = work
 
     def wait(self) -> None:
         """Returns when the result is in the tensor; raises what the collective raised.
@@ -89,7 +88,7 @@ class Work:
         Of a CUDA tensor: returns when all ranks have launched it. What the current stream does later waits for it, on
         the device. An error that comes after that is raised by the next call.
         """
-        self._wait()
+        self._work.wait()
 
     def done(self) -> bool:
         return self._work.done()
@@ -97,13 +96,14 @@ class Work:
 
 class _DeviceWork(Work):
     def __init__(self, work: _core.DeviceWork, where: gpu.Gpu) -> None:
-        self._work, self._gpu = work, where
-        self._wait = self._hold_back
+        self._on_device, self._gpu = work, where
 
-    def _hold_back(self) -> None:
-        assert isinstance(self._work, _core.DeviceWork)
-        self._work.wait(self._gpu.stream())
+    def wait(self) -> None:
+        self._on_device.wait(self._gpu.stream())
         self._gpu.settle()
+
+    def done(self) -> bool:
+        return self._on_device.done()
 
 
 class Communicator:
@@ -129,9 +129,7 @@ class Communicator:
         )
         self._device: _core.Device | None = None
         # After the two: they must go first, since the worker may still use what is in flight.
-        self._in_flight: collections.deque[
-            tuple[_core.Work | _core.DeviceWork, tuple[torch.Tensor, ...]]
-        ]
+        self._in_flight: collections.deque[tuple[_core.Work | _core.DeviceWork, tuple[object, ...]]]
         self._in_flight = collections.deque()
         self._lock = threading.Lock()
         self.closed = False
@@ -189,12 +187,12 @@ class Communicator:
         self.keep_alive(work, changed, *read)
         return Work(work) if where is None else _DeviceWork(work, where)
 
-    def keep_alive(self, work: _core.Work | _core.DeviceWork, *tensors: torch.Tensor) -> None:
+    def keep_alive(self, work: _core.Work | _core.DeviceWork, *used: object) -> None:
         """Holds the memory of an asynchronous call until it is done, also if its caller lets go of everything."""
         with self._lock:
             while self._in_flight and self._in_flight[0][0].done():
                 self._in_flight.popleft()
-            self._in_flight.append((work, tensors))
+            self._in_flight.append((work, used))
 
     def all_reduce(
         self, tensor: torch.Tensor, op: str = "sum", async_op: bool = False

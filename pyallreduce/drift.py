@@ -17,6 +17,7 @@ from pyallreduce._buffer import is_dense
 from pyallreduce.communicator import Communicator, Work
 
 Span = tuple[int, int]  # address and bytes
+WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 
 
@@ -159,8 +160,8 @@ def _sum_of_bits(tensors: list[torch.Tensor]) -> torch.Tensor:
     """On their device; wraps. No order: a loaded state may have other strides."""
     total = torch.zeros((), dtype=torch.int64)
     for tensor in tensors:
-        word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
-        bits = tensor.detach().contiguous().view(word)
+        dtype = next(word for word in WORDS if tensor.itemsize % word.itemsize == 0)
+        bits = tensor.detach().contiguous().view(-1).view(dtype)
         total = bits.sum(dtype=torch.int64) + total.to(bits.device)
     return total
 

@@ -1,46 +1,17 @@
-"""The eager update: a bucket's reduction and SGD step in one pass over memory, while backward still runs.
-
-Parameters move into symmetric memory, where every rank can write its share of the new values to all, or into one copy
-for all ranks of the host; the momentum is kept once per host, readable whole on every rank.
-"""
+"""The eager update: a bucket's SGD step belongs to its reduction, while backward still runs. What is common to the
+host's (pyallreduce/eager_host.py) and the GPU's (pyallreduce/eager_device.py)."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
-from pyallreduce import _core, clipping
-from pyallreduce._buffer import DTYPES
-from pyallreduce.buckets import Bucket, view_of
-from pyallreduce.communicator import Communicator
+from pyallreduce.buckets import Bucket
 from pyallreduce.errors import UsageError
 from pyallreduce.sgd import SGD
-from pyallreduce.sgd_rule import change_of_unit, momentum_lr_of, scalars_of
-
-
-class _Place:
-    """Where a bucket's weights and momentum live, and the table that tells the core about its parameters."""
-
-    def __init__(self, bucket: Bucket, comm: Communicator, optimizer: SGD, one_copy: bool) -> None:
-        self.weights = comm._allocate(bucket.flags_begin, bucket.dtype, one_copy)
-        self.momentum = comm._allocate(bucket.flags_begin, bucket.dtype, one_copy=True)
-        self.weight_views = [view_of(self.weights, slot) for slot in bucket.slots]
-        self.momentum_views = [view_of(self.momentum, slot) for slot in bucket.slots]
-        group_of = {
-            param: g for g, group in enumerate(optimizer.param_groups) for param in group["params"]
-        }
-        self.versions: list[int] = []  # of the parameters, as the last update or adoption left them
-        self.plan = _core.UpdatePlan(
-            [(slot.begin, slot.param.numel(), group_of[slot.param]) for slot in bucket.slots],
-            bucket.flags_begin,
-        )
-
-    def remember_versions(self, bucket: Bucket) -> None:
-        self.versions = [slot.param._version for slot in bucket.slots]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, buckets: list[Bucket]) -> SGD:
@@ -70,21 +41,30 @@ def rule_of(group: dict[str, Any]) -> str:
     )
 
 
-def refuse_second_backward() -> NoReturn:
-    raise UsageError(
-        'a second backward before step(): with update="eager" the first has updated the parameters already. '
-        "Accumulate under no_sync(), or call step()"
-    )
+class Updater(ABC):
+    """The eager update of an aggregator's buckets. ``optimizer`` has passed ``check_optimizer``; ``scale`` is that of
+    the ranks' summed gradients."""
 
+    is_shared = False  # one copy of the parameters for all ranks of the host
 
-class Updater(Protocol):
-    """What an aggregator asks of an eager update, wherever it runs."""
+    def __init__(self, buckets: list[Bucket], optimizer: SGD, scale: float) -> None:
+        self._buckets, self._optimizer, self._scale = buckets, optimizer, scale
+        self._group_of = {
+            param: g for g, group in enumerate(optimizer.param_groups) for param in group["params"]
+        }
+        self._updated = False  # since the last step()
+        self.gradients_are_zero = False  # a pass has consumed them, and nothing came since
 
-    is_shared: bool
+    def attach(self) -> None:
+        """Pairs with detach(). Last in construction, which may fail."""
+        self._optimizer._eager = self
+        self.adopt_momentum()
 
+    @abstractmethod
     def submit(self, bucket: Bucket, layout: int, subject: str) -> Any:
         """Starts the bucket's reduction and update; the learning rates are those of now."""
 
+    @abstractmethod
     def update_clipped(
         self, max_norm: float, works: Sequence[Any], labels: Sequence[tuple[int, str]]
     ) -> float | torch.Tensor:
@@ -92,93 +72,12 @@ class Updater(Protocol):
         it is not finite, no weight or momentum changes. Gradients are zero afterwards. ``labels``: by bucket, layout
         and subject for who compares calls."""
 
-    def begin_backward(self) -> None: ...
-    def end_update(self) -> None: ...
-    def adopt_weights(self) -> None: ...
-    def check_unwritten(self) -> None: ...
-    def detach(self) -> None: ...
-
-
-class EagerUpdater:
-    """Collective construction, in bucket order. ``optimizer`` has passed ``check_optimizer``; ``scale`` is that of the
-    ranks' summed gradients. ``is_shared``: one copy of the parameters for all ranks of the host."""
-
-    def __init__(
-        self,
-        comm: Communicator,
-        buckets: list[Bucket],
-        optimizer: SGD,
-        scale: float,
-        is_shared: bool,
-    ) -> None:
-        self._comm, self._buckets, self._optimizer = comm, buckets, optimizer
-        self._scale = scale
-        self.is_shared = is_shared
-        self._places = [_Place(bucket, comm, optimizer, is_shared) for bucket in buckets]
-        self._updated = False  # since the last step()
-        self._units: list[float] = []  # of each group's momentum after the last update
-        self.gradients_are_zero = False  # a pass has consumed them, and nothing came since
-        optimizer._eager = self
-        self.adopt_weights()
-        self.adopt_momentum()
-
-    def submit(self, bucket: Bucket, layout: int, subject: str) -> _core.Work:
-        """Starts the bucket's one pass; the learning rates are those of now."""
-        return self._submit(bucket, self._scale, False, layout, subject)
-
-    def update_clipped(
-        self, max_norm: float, works: Sequence[_core.Work], labels: Sequence[tuple[int, str]]
-    ) -> float:
-        norm = clipping.norm_of(works)
-        if not math.isfinite(norm):
-            self._skip()
-            return norm
-        clip = clipping.coefficient(norm, max_norm)
-        updates = [
-            self._submit(bucket, clip, True, *label)
-            for bucket, label in zip(self._buckets, labels, strict=True)
-        ]
-        for work in updates:
-            work.wait()
-        return norm
-
-    def _submit(
-        self, bucket: Bucket, scale: float, is_reduced: bool, layout: int, subject: str
-    ) -> _core.Work:
-        if not self.is_shared:
-            self._adopt_weights(bucket)
-        place, groups = self._places[bucket.index], self._optimizer.param_groups
-        self._units = [momentum_lr_of(group) for group in groups]
-        # From here on the weights may change under a graph that still holds them.
-        increment_version([slot.param for slot in bucket.slots])
-        place.remember_versions(bucket)
-        work = self._comm.core.update(
-            place.plan,
-            [(scalars_of(group), change_of_unit(group)) for group in groups],
-            bucket.flat.data_ptr(),
-            bucket.flat.numel(),
-            place.weights.data_ptr(),
-            place.momentum.data_ptr() if any(group["momentum"] for group in groups) else 0,
-            DTYPES[bucket.dtype],
-            scale,
-            is_reduced,
-            layout,
-            f"{subject}, with {'; '.join(map(rule_of, groups))}",
-        )
-        self._updated = True
-        self._comm.keep_alive(work, bucket.flat, place.weights, place.momentum)
-        return work
-
-    def _skip(self) -> None:
-        """Ends a backward whose gradients are not finite: no weight or momentum changes, gradients become zero."""
-        for bucket in self._buckets:
-            bucket.flat.zero_()
-        self._units = [group["momentum_lr"] for group in self._optimizer.param_groups]
-        self._updated = True
-
     def begin_backward(self) -> None:
         if self._updated:
-            refuse_second_backward()
+            raise UsageError(
+                'a second backward before step(): with update="eager" the first has updated the parameters already. '
+                "Accumulate under no_sync(), or call step()"
+            )
         self.gradients_are_zero = False
 
     def end_update(self) -> None:
@@ -188,59 +87,25 @@ class EagerUpdater:
     def close_update(self) -> None:
         """``step()``: the next backward may update again."""
         if self._updated:
-            for group, unit in zip(self._optimizer.param_groups, self._units, strict=True):
-                if group["form"] == "absorbed":
-                    group["momentum_lr"] = unit
+            self._close_units()
         self._updated = False
 
-    def adopt_momentum(self) -> None:
-        """Moves the optimizer's momentum buffers into the shared ones, after it was built or has loaded a state."""
-        for bucket, place in zip(self._buckets, self._places, strict=True):
-            for slot, view in zip(bucket.slots, place.momentum_views, strict=True):
-                state = self._optimizer.state[slot.param]
-                loaded = state.get("momentum_buffer")
-                if loaded is None:
-                    view.zero_()
-                elif loaded is not view:
-                    view.copy_(loaded)
-                state["momentum_buffer"] = view
+    @abstractmethod
+    def _close_units(self) -> None:
+        """Units of momentum become those that the update has used."""
 
-    def detach(self) -> None:
-        """Gives the optimizer a momentum, and with shared parameters the module weights, of this rank's own again."""
-        for bucket in self._buckets:
-            for slot in bucket.slots:
-                state = self._optimizer.state[slot.param]
-                state["momentum_buffer"] = state["momentum_buffer"].clone()
-                if self.is_shared:
-                    slot.param.data = slot.param.data.clone()
-        self._optimizer._eager = None
+    @abstractmethod
+    def adopt_momentum(self) -> None:
+        """After the optimizer was built or has loaded a state."""
+
+    def adopt_weights(self) -> None:
+        """After the user may have put others in their place. Collective with shared parameters."""
+        return  # used where they lie
 
     def check_unwritten(self) -> None:
         """UsageError if a shared parameter was written outside ``writing()``, by this rank's Python."""
-        for bucket, place in zip(self._buckets, self._places, strict=True):
-            for slot, view, version in zip(
-                bucket.slots, place.weight_views, place.versions, strict=True
-            ):
-                if slot.param._version != version or slot.param.data_ptr() != view.data_ptr():
-                    raise UsageError(
-                        f"{slot.name} was written outside the update; with share_parameters=True all ranks of the "
-                        "host see one copy: write in `with agg.writing():`"
-                    )
+        return  # none is shared
 
-    def adopt_weights(self) -> None:
-        """Parameters whose memory is not ours: at first, or after the user has assigned ``p.data``. Collective with
-        shared parameters."""
-        for bucket in self._buckets:
-            self._adopt_weights(bucket)
-        if self.is_shared:
-            self._comm.barrier()
-
-    def _adopt_weights(self, bucket: Bucket) -> None:
-        place = self._places[bucket.index]
-        is_writer = not self.is_shared or self._comm.local_rank == 0
-        for slot, view in zip(bucket.slots, place.weight_views, strict=True):
-            if slot.param.data_ptr() != view.data_ptr():
-                if is_writer:
-                    view.copy_(slot.param.data)
-                slot.param.data = view
-        place.remember_versions(bucket)
+    def detach(self) -> None:
+        """The optimizer is free for another aggregator."""
+        self._optimizer._eager = None

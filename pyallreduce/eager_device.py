@@ -12,18 +12,14 @@ from pyallreduce import _core
 from pyallreduce._buffer import DTYPES, is_dense
 from pyallreduce.buckets import Bucket
 from pyallreduce.communicator import Communicator
-from pyallreduce.eager import refuse_second_backward, rule_of
+from pyallreduce.eager import Updater, rule_of
 from pyallreduce.errors import UsageError
 from pyallreduce.sgd import SGD
 from pyallreduce.sgd_device import Piece, Table
 from pyallreduce.sides import DeviceSide
 
 
-class DeviceUpdater:
-    """``optimizer`` has passed ``check_optimizer``; ``scale`` is that of the ranks' summed gradients."""
-
-    is_shared = False
-
+class DeviceUpdater(Updater):
     def __init__(
         self,
         comm: Communicator,
@@ -37,23 +33,17 @@ class DeviceUpdater:
                 raise UsageError(
                     f"{slot.name} overlaps itself or has gaps; an update needs dense memory"
                 )
+        super().__init__(buckets, optimizer, scale)
         self._comm, self._side, self._where = comm, side, side.where
-        self._buckets, self._optimizer, self._scale = buckets, optimizer, scale
-        self._group_of = {
-            param: g for g, group in enumerate(optimizer.param_groups) for param in group["params"]
-        }
         self._sgd = optimizer.on_device(side.where)
         self._tables: dict[int, Table] = {}  # by bucket
-        self._updated = False  # since the last step()
         self._rules: list[_core.kernels.UpdateRule] = []  # of that update
         self._gate = {"found_inf": 0, "aborted": side.device.aborted}
-        self.gradients_are_zero = False  # a pass has consumed them, and nothing came since
         # By-products of the pass before clipping, and its result.
         self._found_inf = side.where.empty(1, torch.float32)
         self._sum_squares = side.where.empty(1, torch.float64)
         self._clip = side.where.empty(1, torch.float64)
-        optimizer._eager = self
-        self.adopt_momentum()
+        self.attach()
 
     def submit(self, bucket: Bucket, layout: int, subject: str) -> _core.DeviceWork:
         groups = self._optimizer.param_groups
@@ -75,7 +65,7 @@ class DeviceUpdater:
             self._where.stream(),
         )
         self._updated = True
-        self._comm.keep_alive(work, bucket.flat, table.image)
+        self._comm.keep_alive(work, bucket.flat, table.image, table.table)
         return work
 
     def update_clipped(
@@ -120,35 +110,14 @@ class DeviceUpdater:
         self._updated = True
         return self._sum_squares.sqrt()
 
-    def begin_backward(self) -> None:
-        if self._updated:
-            refuse_second_backward()
-        self.gradients_are_zero = False
-
-    def end_update(self) -> None:
-        """All buckets are updated."""
-        self.gradients_are_zero = True
-
-    def close_update(self) -> None:
-        """``step()``: the next backward may update again."""
-        if self._updated:
-            self._sgd.close(self._optimizer.param_groups, self._rules, self._gate)
-        self._updated = False
+    def _close_units(self) -> None:
+        self._sgd.close(self._optimizer.param_groups, self._rules, self._gate)
 
     def adopt_momentum(self) -> None:
         """Makes what is missing, so that a step allocates nothing."""
         for group in self._optimizer.param_groups:
             for param in group["params"] if group["momentum"] else []:
                 self._optimizer._momentum_buffer(param)
-
-    def adopt_weights(self) -> None:
-        """They stay where they are; addresses are looked at before each launch."""
-
-    def check_unwritten(self) -> None:
-        raise UsageError("parameters on a GPU are not shared")
-
-    def detach(self) -> None:
-        self._optimizer._eager = None
 
     def _table_of(self, bucket: Bucket) -> Table:
         pieces = [self._piece_of(slot.param, slot.grad) for slot in bucket.slots]

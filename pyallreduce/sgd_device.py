@@ -40,7 +40,8 @@ class DeviceSgd:
 
     def __init__(self, where: gpu.Gpu) -> None:
         self.gpu = where
-        self.aborted = 0  # address of a word: once it is not zero, gradients are worthless
+        # Where the gradients are summed: once that has been aborted they are worthless.
+        self.source: _core.Device | None = None
         self._tables: dict[torch.dtype, Table] = {}
         self._rates: dict[int, torch.Tensor] = {}  # by group: float32
         self._units: dict[int, torch.Tensor] = {}  # float64; 0: none yet
@@ -63,7 +64,10 @@ class DeviceSgd:
                 piece = (param.data_ptr(), at, grad.data_ptr(), None, param.numel(), g)
                 pieces.setdefault(param.dtype, []).append(piece)
         rules = self.rules(groups, found_inf is not None)
-        gate = {"found_inf": address_of(found_inf), "aborted": self.aborted}
+        gate = {
+            "found_inf": address_of(found_inf),
+            "aborted": 0 if self.source is None else self.source.aborted,
+        }
         for dtype, wanted in pieces.items():
             known = self._tables.get(dtype)
             if known is None or known.pieces != wanted:

@@ -1,5 +1,5 @@
 """Where an aggregator's buckets are reduced: on the host, or on this rank's GPU. All that differs between the two, but
-for the eager update (pyallreduce/eager.py, pyallreduce/eager_device.py) and the drift sentinel's hash."""
+for the eager update (pyallreduce/eager_host.py, pyallreduce/eager_device.py) and the drift sentinel's hash."""
 
 from __future__ import annotations
 

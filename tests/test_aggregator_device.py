@@ -229,6 +229,8 @@ def _drifts(rank: int, n: int) -> tuple[str, tuple[int, ...]]:
     gpu = mocked.install()
     comm = par.init(30.0)
     both = Twice(comm, gpu, check_every=2)
+    state = both.optimizers[1].state[both.modules[1].head.bias]
+    state["phase"], state["steps"] = torch.ones(3, dtype=torch.complex128), torch.tensor(3.0)
     for _ in range(3):
         both.backward()
         both.step()
@@ -289,7 +291,15 @@ def _one_dies(rank: int, n: int, update: str) -> tuple[tuple[int, ...], bool]:
     with pytest.raises(par.PeerError) as caught:
         module(torch.ones(1, 3, 6, 6)).sum().backward()
     torn = both.aggregators[1].torn
+    optimizer, before = both.optimizers[1], module.head.weight.detach().clone()
+    optimizer.step()  # by gradients that are worthless
+    assert torch.equal(module.head.weight, before)
+    both.close()
     comm.close()
+    del both
+    module.head.weight.grad = gpu.put(torch.ones_like(before))
+    optimizer.step()  # by gradients of the user's own
+    assert not torch.equal(module.head.weight, before)
     return caught.value.peers, torn
 
 

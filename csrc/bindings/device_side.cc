@@ -15,14 +15,38 @@ namespace py = pybind11;
 namespace pyar {
 namespace {
 
-// What reaches the device's memory; null: nothing does, because CUDA was not compiled in.
-const CudaKernels* kernels_of(bool is_mocked) {
-  if (is_mocked) return &cuda_twin();
+// What computes on the device's memory. Tasks hold it by value: they may outlive who submits them.
+class Kernels {
+ public:
+  // `is_mocked`: device memory is the host's, for tests.
+  Kernels(const CudaRuntime& cuda, bool is_mocked) : cuda_(&cuda), is_mocked_(is_mocked) {
+    if (is_mocked) table_ = &cuda_twin();
 #ifdef PYALLREDUCE_HAVE_CUDA
-  return &cuda_kernels();
-#else
-  return nullptr;
+    if (!is_mocked) table_ = &cuda_kernels();
 #endif
+  }
+
+  // Not where CUDA was not compiled in.
+  bool exist() const { return table_ != nullptr; }
+  const CudaKernels* operator->() const { return table_; }
+  Launch on(CudaStream stream) const {
+    // The twin computes at once.
+    if (is_mocked_) cuda_->stream_synchronize(stream);
+    return {.stream = stream, .max_blocks = 0};
+  }
+
+ private:
+  const CudaRuntime* cuda_;
+  bool is_mocked_;
+  const CudaKernels* table_ = nullptr;
+};
+
+NcclGroup::Scale scale_by(const Kernels& kernels) {
+  if (!kernels.exist()) return nullptr;
+  return [kernels](Span data, double factor, CudaStream stream) {
+    const ReduceSpans spans{&data.data, 1, &data.data, 1, data.num_elems, nullptr};
+    kernels->reduce(data.dtype, factor, spans, kernels.on(stream));
+  };
 }
 
 // A task on its way to the device.
@@ -58,11 +82,9 @@ class Device {
   Device(Communicator& comm, const CudaRuntime& cuda, const NcclLibrary& nccl, int device,
          bool is_mocked)
       : comm_(comm),
-        cuda_(cuda),
-        kernels_(kernels_of(is_mocked)),
-        is_mocked_(is_mocked),
+        kernels_(cuda, is_mocked),
         side_(comm.open_device(cuda, device,
-                               [&cuda, &nccl, device, scale = scale()](
+                               [&cuda, &nccl, device, scale = scale_by(kernels_)](
                                    std::shared_ptr<Control> control, const Call& call) {
                                  return std::make_unique<NcclGroup>(
                                      nccl, cuda, device, std::move(control), scale, call);
@@ -88,34 +110,13 @@ class Device {
   }
 
   DeviceSide& side() { return side_; }
-  bool has_kernels() const { return kernels_ != nullptr; }
-  Launch launch_on(CudaStream stream) const {
-    // The twin computes at once.
-    if (is_mocked_) cuda_.stream_synchronize(stream);
-    return {.stream = stream, .max_blocks = 0};
-  }
-  const CudaKernels& kernels() const {
-    if (kernels_) return *kernels_;
-    throw UsageError(
-        "this needs the CUDA kernels, without which this installation was built; install with nvcc "
-        "on PATH");
-  }
+  const Kernels& kernels() const { return kernels_; }
 
  private:
   static constexpr uint64_t kAllSoFar = std::numeric_limits<uint64_t>::max();
 
-  NcclGroup::Scale scale() const {
-    if (!kernels_) return nullptr;
-    return [this](Span data, double factor, CudaStream stream) {
-      const ReduceSpans spans{&data.data, 1, &data.data, 1, data.num_elems, nullptr};
-      kernels_->reduce(data.dtype, factor, spans, launch_on(stream));
-    };
-  }
-
   Communicator& comm_;
-  const CudaRuntime& cuda_;
-  const CudaKernels* const kernels_;
-  const bool is_mocked_;
+  const Kernels kernels_;
   DeviceSide& side_;
 };
 
@@ -156,7 +157,7 @@ void bind_device_side(py::module_& m) {
            py::keep_alive<1, 2>(), py::arg("comm"), py::arg("index"), py::arg("runtime_folders"),
            py::arg("nccl_folders"), py::arg("is_mocked") = false)
       .def_property_readonly("index", [](Device& self) { return self.side().device(); })
-      .def_property_readonly("has_kernels", &Device::has_kernels)
+      .def_property_readonly("has_kernels", [](Device& self) { return self.kernels().exist(); })
       .def("aggregate",
            [](Device& self, Address data, size_t num_elems, DType dtype, Op op, uint64_t layout,
               std::string subject, Address stream) {
@@ -166,27 +167,32 @@ void bind_device_side(py::module_& m) {
                  stream, std::move(subject));
            })
       // Sums the ranks' gradients, then runs `table` over them: the arguments of the kernel that
-      // are equal in all iterations come with it.
-      .def("update",
-           [](Device& self, const UpdateTable& table, Address image,
-              const std::vector<UpdateRule>& rules, Address gradients, size_t num_elems,
-              DType dtype, size_t flags_begin, double scale, uint64_t layout, std::string subject,
-              Address stream) {
-             const Span span{pointer(gradients), num_elems, dtype};
-             const CudaKernels& kernels = self.kernels();
-             auto body = [=, &self, &table, &kernels](NcclGroup& group, const Call& call) {
-               group.all_reduce(span, Op::kSum, call);
-               UpdateCall update{.table = pointer(image)};
-               update.flags = pointer<char>(gradients) + flags_begin * size_of(dtype);
-               update.rules = rules.data();
-               update.num_rules = rules.size();
-               update.scale = scale;
-               update.zero_gradients = true;
-               update.gate.aborted = reinterpret_cast<const uint32_t*>(&group.aborted());
-               kernels.update(table, update, self.launch_on(group.stream()));
-             };
-             return self.submit(std::move(body), layout, stream, std::move(subject));
-           })
+      // are equal in all iterations come with it. It must live until the work is done.
+      .def(
+          "update",
+          [](Device& self, const UpdateTable& table, Address image,
+             const std::vector<UpdateRule>& rules, Address gradients, size_t num_elems, DType dtype,
+             size_t flags_begin, double scale, uint64_t layout, std::string subject,
+             Address stream) {
+            const Span span{pointer(gradients), num_elems, dtype};
+            const Kernels kernels = self.kernels();
+            if (!kernels.exist())
+              throw UsageError(
+                  "this needs the CUDA kernels, without which this installation was built; install "
+                  "with nvcc on PATH");
+            auto body = [=, &table](NcclGroup& group, const Call& call) {
+              group.all_reduce(span, Op::kSum, call);
+              UpdateCall update{.table = pointer(image)};
+              update.flags = pointer<char>(gradients) + flags_begin * size_of(dtype);
+              update.rules = rules.data();
+              update.num_rules = rules.size();
+              update.scale = scale;
+              update.zero_gradients = true;
+              update.gate.aborted = reinterpret_cast<const uint32_t*>(&group.aborted());
+              kernels->update(table, update, kernels.on(group.stream()));
+            };
+            return self.submit(std::move(body), layout, stream, std::move(subject));
+          })
       // Of all that has been launched, with what was queued behind it.
       .def("hold_back",
            [](Device& self, Address stream) { self.side().hold_back(pointer(stream)); })
