@@ -525,6 +525,10 @@ class GradientAggregator:
         scale = 1.0 / self.comm.size if self.op is OPS["avg"] else 1.0
         if isinstance(self._side, DeviceSide):
             return DeviceUpdater(self.comm, self._side, self._buckets, optimizer, scale)
+        if any(optimizer._dtype_of(slot.param) != slot.param.dtype for slot in self._slots):
+            raise UsageError(
+                'master_weights=True with update="eager" is for GPUs; on the host use update="step"'
+            )
         return HostUpdater(self.comm, self._buckets, optimizer, scale, is_shared)
 
     def _drift_sentinel(self, module: torch.nn.Module, every: int) -> DriftSentinel | None:

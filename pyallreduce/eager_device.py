@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.autograd.graph import increment_version
 
 from pyallreduce import _core
 from pyallreduce._buffer import DTYPES, is_dense
@@ -50,7 +49,7 @@ class DeviceUpdater(Updater):
         table = self._table_of(bucket)
         self._rules = self._sgd.rules(groups, is_gated=False)
         # From here on the weights may change under a graph that still holds them.
-        increment_version([slot.param for slot in bucket.slots])
+        self._optimizer._note_written([slot.param for slot in bucket.slots])
         work = self._side.device.update(
             table.table,
             table.image.data_ptr(),
@@ -96,7 +95,7 @@ class DeviceUpdater(Updater):
         self._rules = self._sgd.rules(self._optimizer.param_groups, is_gated=True)
         self._gate = {"found_inf": self._found_inf.data_ptr(), "aborted": aborted}
         for bucket, (table, flags) in zip(self._buckets, tables, strict=True):
-            increment_version([slot.param for slot in bucket.slots])
+            self._optimizer._note_written([slot.param for slot in bucket.slots])
             self._where.launch(
                 "update",
                 table.table,
@@ -116,18 +115,18 @@ class DeviceUpdater(Updater):
     def adopt_momentum(self) -> None:
         """Makes what is missing, so that a step allocates nothing."""
         for group in self._optimizer.param_groups:
-            for param in group["params"] if group["momentum"] else []:
-                self._optimizer._momentum_buffer(param)
+            for param in group["params"]:
+                self._optimizer._operands(group, param, param)
 
     def _table_of(self, bucket: Bucket) -> Table:
         pieces = [self._piece_of(slot.param, slot.grad) for slot in bucket.slots]
         known = self._tables.get(bucket.index)
         if known is None or known.pieces != pieces:
-            known = self._tables[bucket.index] = Table(self._where, bucket.dtype, pieces)
+            dtypes = (self._optimizer._dtype_of(bucket.slots[0].param), bucket.dtype)
+            known = self._tables[bucket.index] = Table(self._where, dtypes, pieces)
         return known
 
     def _piece_of(self, param: torch.nn.Parameter, grad: torch.Tensor) -> Piece:
-        group = self._group_of[param]
-        has_momentum = self._optimizer.param_groups[group]["momentum"]
-        momentum = self._optimizer._momentum_buffer(param).data_ptr() if has_momentum else None
-        return (param.data_ptr(), momentum, grad.data_ptr(), None, param.numel(), group)
+        g = self._group_of[param]
+        group = self._optimizer.param_groups[g]
+        return self._optimizer._operands(group, param, grad).piece(g)

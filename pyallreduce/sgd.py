@@ -11,12 +11,13 @@ from torch.autograd.graph import increment_version
 from pyallreduce import _core, gpu
 from pyallreduce._buffer import DTYPES, is_dense
 from pyallreduce.errors import UsageError
-from pyallreduce.sgd_device import DeviceSgd
+from pyallreduce.sgd_device import DeviceSgd, Operands
 from pyallreduce.sgd_rule import change_of_unit, momentum_lr_of, scalars_of
 
 FORMS = ("reference", "absorbed")
 
-_Triple = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weights, momentum, gradient
+HALVES = (torch.bfloat16, torch.float16)
+_Mark = tuple[int, int]  # version and address
 
 
 class AttachedUpdate(Protocol):
@@ -38,6 +39,9 @@ class SGD(torch.optim.Optimizer):
     g includes weight_decay * w (coupled L2, Remark 1), added once to the aggregated gradient. ``state_dict()`` has the
     layout of torch.optim.SGD; the learning rate that an absorbed momentum contains is in its param_groups.
     Parameters of float64, float32, bfloat16, float16 (16-bit: computed in float32), all on the CPU or on one GPU.
+    ``master_weights``: what is updated of a 16-bit parameter is a float32 master in its state, with a float32 momentum;
+    the parameter is the master, rounded in the same pass. Steps smaller than half a unit in the last place add up then.
+    Who writes the parameter, by loading a model for one, writes the master.
     Honours ``grad_scale`` and ``found_inf`` as torch.amp.GradScaler sets them: an overflow changes neither weights nor
     momentum.
 
@@ -49,6 +53,7 @@ class SGD(torch.optim.Optimizer):
     # In the class: a copy or a pickle is attached to nothing.
     _eager: AttachedUpdate | None = None
     _on_device: DeviceSgd | None = None
+    master_weights = False
 
     def __init__(
         self,
@@ -59,7 +64,11 @@ class SGD(torch.optim.Optimizer):
         nesterov: bool = True,
         form: str = "reference",
         correction: bool = True,
+        master_weights: bool = False,
     ) -> None:
+        self.master_weights = master_weights
+        # By 16-bit parameter: what it was when its master was last rounded into it.
+        self._written: dict[torch.Tensor, _Mark] = {}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -90,8 +99,12 @@ class SGD(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "master_weights": self.master_weights}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._written = {}
         for group in self.param_groups:
             if (
                 "form" not in group
@@ -117,10 +130,25 @@ class SGD(torch.optim.Optimizer):
                 )
             _check({**self.defaults, **group})
         super().load_state_dict(state_dict)
+        self._load_masters(state_dict)
         if self._on_device is not None:
             self._on_device.forget_units()
         if self._eager is not None:
             self._eager.adopt_momentum()
+
+    def _load_masters(self, state_dict: dict[str, Any]) -> None:
+        """torch has rounded them, and their momentum, to the parameters' dtype."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, param in zip(saved["params"], group["params"], strict=True):
+                if self._dtype_of(param) == param.dtype:
+                    self.state.get(param, {}).pop("master", None)
+                    continue
+                for name in ("master", "momentum_buffer"):
+                    value = state_dict["state"].get(key, {}).get(name)
+                    if value is not None:
+                        self.state[param][name] = value.detach().to(
+                            param.device, torch.float32, copy=True
+                        )
 
     def state_dict(self) -> dict[str, Any]:
         """Of torch.optim.SGD's layout. Local. On a GPU it may wait for the device."""
@@ -171,15 +199,15 @@ class SGD(torch.optim.Optimizer):
         for where in places:  # none if no parameter has a gradient: momentum keeps its unit too
             if where is not None:
                 self.on_device(where).step(groups, gathered, self.state, grad_scale, found_inf)
-                increment_version(params)
                 continue
             scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-            for group, triples in zip(groups, gathered, strict=True):
-                self._update(group, triples, scale)
+            for group, operands in zip(groups, gathered, strict=True):
+                self._update(group, operands, scale)
+        self._note_written(params)
 
-    def _gather(self, group: dict[str, Any]) -> list[_Triple]:
-        """The group's weights with a gradient: as the kernel reads them, and checked."""
-        triples: list[_Triple] = []
+    def _gather(self, group: dict[str, Any]) -> list[Operands]:
+        """Of the group's parameters with a gradient: as the kernel reads them, and checked."""
+        gathered: list[Operands] = []
         for param in group["params"]:
             grad = param.grad
             if grad is None:
@@ -193,22 +221,30 @@ class SGD(torch.optim.Optimizer):
                 raise UsageError("a parameter overlaps itself or has gaps; SGD needs dense memory")
             if grad.stride() != param.stride():
                 grad = torch.empty_like(param).copy_(grad)
-            triples.append(
-                (param, self._momentum_buffer(param) if group["momentum"] else None, grad)
-            )
-        return triples
+            gathered.append(self._operands(group, param, grad))
+        return gathered
 
-    def _update(self, group: dict[str, Any], triples: list[_Triple], scale: float) -> None:
+    def _operands(self, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor) -> Operands:
+        momentum = self._momentum_buffer(param) if group["momentum"] else None
+        if self._dtype_of(param) == param.dtype:
+            return Operands(param, momentum, grad, None)
+        return Operands(self._master_of(param), momentum, grad, param)
+
+    def _update(self, group: dict[str, Any], gathered: list[Operands], scale: float) -> None:
         spans: dict[torch.dtype, list[tuple[int, int, int, int]]] = {}
-        for param, momentum, grad in triples:
+        widened: list[torch.Tensor] = []  # alive until they are used
+        for weight, momentum, grad, copy in gathered:
+            if copy is not None:
+                widened.append(grad := torch.empty_like(weight).copy_(grad))
             at = 0 if momentum is None else momentum.data_ptr()
-            spans.setdefault(param.dtype, []).append(
-                (param.data_ptr(), at, grad.data_ptr(), param.numel())
+            spans.setdefault(weight.dtype, []).append(
+                (weight.data_ptr(), at, grad.data_ptr(), weight.numel())
             )
         for dtype, table in spans.items():
             _core.kernels.sgd_many(table, DTYPES[dtype].name, scalars_of(group), scale, False)
-        if triples:
-            increment_version([param for param, _, _ in triples])
+        for weight, _, _, copy in gathered:
+            if copy is not None:
+                copy.copy_(weight)
         if group["form"] == "absorbed":
             self._change_unit(group)
 
@@ -225,6 +261,7 @@ class SGD(torch.optim.Optimizer):
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
         state = self.state[param]
+        dtype = self._dtype_of(param)
         buffer: torch.Tensor | None = state.get("momentum_buffer")
         if buffer is not None and buffer.shape != param.shape:
             raise UsageError(
@@ -234,12 +271,46 @@ class SGD(torch.optim.Optimizer):
         if (
             buffer is None
             or buffer.stride() != param.stride()
-            or buffer.dtype != param.dtype
+            or buffer.dtype != dtype
             or buffer.device != param.device
         ):
-            fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
+            fresh = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             buffer = state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
         return buffer
+
+    def _dtype_of(self, param: torch.Tensor) -> torch.dtype:
+        """In which its weights and momentum are kept."""
+        return torch.float32 if self.master_weights and param.dtype in HALVES else param.dtype
+
+    def _master_of(self, param: torch.Tensor) -> torch.Tensor:
+        state = self.state[param]
+        master: torch.Tensor | None = state.get("master")
+        if master is not None and master.shape != param.shape:
+            raise UsageError(
+                f"a master has shape {tuple(master.shape)}, its parameter {tuple(param.shape)}; "
+                "was this state saved from another model?"
+            )
+        if master is not None and self._written.get(param) == _mark_of(param):
+            return master
+        weight = param.detach()
+        fresh = torch.empty_like(weight, dtype=torch.float32).copy_(weight)
+        if master is not None:  # it knows more, where the parameter is still what it was rounded to
+            known = master.to(weight.device)
+            fresh.copy_(torch.where(known.to(weight.dtype) == weight, known, fresh))
+        state["master"], self._written[param] = fresh, _mark_of(param)
+        return fresh
+
+    def _note_written(self, params: list[torch.Tensor]) -> None:
+        """For autograd, which must notice that saved weights change, and for their masters."""
+        if params:
+            increment_version(params)
+        if self.master_weights:
+            self._written.update((param, _mark_of(param)) for param in params)
+
+
+def _mark_of(tensor: torch.Tensor) -> _Mark:
+    """Changes with every write to it."""
+    return tensor._version, tensor.data_ptr()
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ memory is, and, since an overflow leaves it as it was, in which units a correcte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,13 +25,29 @@ def address_of(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class Table:
-    """What one launch is told about many parameters, on the host and on the device."""
+class Operands(NamedTuple):
+    """Of one parameter's update. ``copy``: the 16-bit parameter, where ``weight`` is its float32 master."""
 
-    def __init__(self, where: gpu.Gpu, dtype: torch.dtype, pieces: Sequence[Piece]) -> None:
-        name = DTYPES[dtype].name
+    weight: torch.Tensor
+    momentum: torch.Tensor | None
+    grad: torch.Tensor
+    copy: torch.Tensor | None
+
+    def piece(self, group: int) -> Piece:
+        at = None if self.momentum is None else self.momentum.data_ptr()
+        copy = None if self.copy is None else self.copy.data_ptr()
+        return (self.weight.data_ptr(), at, self.grad.data_ptr(), copy, self.weight.numel(), group)
+
+
+class Table:
+    """What one launch is told about many parameters, on the host and on the device. ``dtypes``: weights', gradients'."""
+
+    def __init__(
+        self, where: gpu.Gpu, dtypes: tuple[torch.dtype, torch.dtype], pieces: Sequence[Piece]
+    ) -> None:
+        weight, grad = (DTYPES[dtype].name for dtype in dtypes)
         self.pieces = list(pieces)
-        self.table = _core.kernels.UpdateTable(name, name, self.pieces)
+        self.table = _core.kernels.UpdateTable(grad, weight, self.pieces)
         self.image = where.upload(self.table.image())
 
 
@@ -42,7 +58,7 @@ class DeviceSgd:
         self.gpu = where
         # Where the gradients are summed: once that has been aborted they are worthless.
         self.source: _core.Device | None = None
-        self._tables: dict[torch.dtype, Table] = {}
+        self._tables: dict[tuple[torch.dtype, torch.dtype], Table] = {}
         self._rates: dict[int, torch.Tensor] = {}  # by group: float32
         self._units: dict[int, torch.Tensor] = {}  # float64; 0: none yet
         self._next_units: dict[int, float] = {}  # of rules made since close(), that the host knows
@@ -50,28 +66,27 @@ class DeviceSgd:
     def step(
         self,
         groups: list[Group],
-        gathered: list[list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]],
+        gathered: list[list[Operands]],
         state: Mapping[torch.Tensor, dict[str, Any]],
         loss_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
     ) -> None:
-        """``gathered``: by group, weights with their momentum and gradient. ``state``: the optimizer's. Nothing changes
-        where ``found_inf`` (a float32 on the device) is not zero."""
-        pieces: dict[torch.dtype, list[Piece]] = {}
-        for g, triples in enumerate(gathered):
-            for param, momentum, grad in triples:
-                at = None if momentum is None else momentum.data_ptr()
-                piece = (param.data_ptr(), at, grad.data_ptr(), None, param.numel(), g)
-                pieces.setdefault(param.dtype, []).append(piece)
+        """``gathered``: by group. ``state``: the optimizer's. Nothing changes where ``found_inf`` (a float32 on the
+        device) is not zero."""
+        pieces: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = {}
+        for g, group_operands in enumerate(gathered):
+            for operands in group_operands:
+                dtypes = (operands.weight.dtype, operands.grad.dtype)
+                pieces.setdefault(dtypes, []).append(operands.piece(g))
         rules = self.rules(groups, found_inf is not None)
         gate = {
             "found_inf": address_of(found_inf),
             "aborted": 0 if self.source is None else self.source.aborted,
         }
-        for dtype, wanted in pieces.items():
-            known = self._tables.get(dtype)
+        for dtypes, wanted in pieces.items():
+            known = self._tables.get(dtypes)
             if known is None or known.pieces != wanted:
-                known = self._tables[dtype] = Table(self.gpu, dtype, wanted)
+                known = self._tables[dtypes] = Table(self.gpu, dtypes, wanted)
             self.gpu.launch(
                 "update",
                 known.table,

@@ -194,6 +194,38 @@ def test_an_overflow_under_clipping_changes_nothing(mocks: Path) -> None:
     run_mocked(mocks, 2, _overflows)
 
 
+def _keeps_masters(rank: int, n: int) -> None:
+    gpu = mocked.install()
+    comm = par.init(30.0)
+    trained = []
+    for options in ({}, {"update": "eager"}, {"update": "eager", "max_norm": 1e9}):
+        torch.manual_seed(0)
+        module = put(gpu, nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5)).bfloat16())
+        optimizer = par.SGD(module.parameters(), 1.0, master_weights=True)
+        aggregator = par.GradientAggregator(
+            module, comm, optimizer=optimizer, bucket_bytes=300, check_every=1, **options
+        )
+        for t, lr in enumerate(RATES):
+            torch.manual_seed(10 * t + rank)
+            optimizer.param_groups[0]["lr"] = lr / 64
+            module(torch.randn(4, 30).bfloat16()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        aggregator.close()
+        states = [optimizer.state[p] for p in module.parameters()]
+        for p, state in zip(module.parameters(), states, strict=True):
+            assert torch.equal(p, state["master"].bfloat16())
+            assert not torch.equal(p.float(), state["master"])
+        trained.append([t for s in states for t in (s["master"], s["momentum_buffer"])])
+    for other in trained[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(trained[0], other, strict=True))
+    comm.close()
+
+
+def test_masters_of_16_bit_weights_are_the_same_eager_or_not(mocks: Path) -> None:
+    run_mocked(mocks, 2, _keeps_masters)
+
+
 def _reports(rank: int, n: int) -> None:
     gpu = mocked.install()
     comm = par.init(30.0)

@@ -50,6 +50,8 @@ FORMS: list[dict[str, Any]] = [
     {"form": "reference", "nesterov": False, "momentum": 0.0},
     {"form": "absorbed"},
     {"form": "absorbed", "correction": False},
+    {"form": "reference", "master_weights": True},
+    {"form": "absorbed", "master_weights": True},
 ]
 RATES = [0.1, 0.1, 0.05, 0.0, 0.2, 0.02]
 
@@ -86,9 +88,9 @@ class Pair:
         host, there = self.optimizers
         for param, other in zip(*self.params, strict=True):
             assert torch.equal(param, other.cpu())
-            momentum = host.state[param].get("momentum_buffer")
-            if momentum is not None:
-                assert torch.equal(momentum, there.state[other]["momentum_buffer"].cpu())
+            assert host.state[param].keys() == there.state[other].keys()
+            for name, tensor in host.state[param].items():
+                assert torch.equal(tensor, there.state[other][name].cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
