@@ -159,6 +159,7 @@ class GradientAggregator:
         self._begun_to_sync = False  # and it is to aggregate them
         self._attempt = 0  # backwards that raised before their end
         self._num_steps = 0  # of the optimizer
+        self._stepping = False  # step() has begun; with a closure there are forwards inside
         self._torn = False
         self._updating = False  # an eager update is under way
         self._next = 0  # the first bucket whose collective has not started
@@ -285,6 +286,8 @@ class GradientAggregator:
             self._updater.check_unwritten()
         now = self._forward_start_s = self._side.now()
         self._expects = True
+        if self._current is not None and self._current.buckets and not self._stepping:
+            self._close_record(now)  # a replayed CUDA graph, or none of torch's optimizers
         self._open_record(now)
 
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -481,6 +484,13 @@ class GradientAggregator:
             if self._trace is not None:
                 self._trace.add(self._last)
 
+    def _close_record(self, now: Time) -> None:
+        assert self._current is not None
+        self._current.end_s = now
+        self._ended.append(self._current)
+        self._current = None
+        self._close_records()
+
     def _open_record(self, now: Time) -> None:
         if self._current is None:
             self._count += 1
@@ -494,19 +504,19 @@ class GradientAggregator:
                 "max_norm has clipped gradients that GradScaler had scaled; leave max_norm out, and call "
                 "scaler.unscale_(opt) and clip_grad_norm_ before scaler.step(opt)"
             )
+        self._stepping = self._stepping or self._is_ours(optimizer)
         self._step_start_s = self._side.now()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_ours(optimizer):
             return
         self._num_steps += 1
+        self._stepping = False
         if self._current is None:
             return
-        now = self._current.end_s = self._side.now()
+        now = self._side.now()
         self._current.add("update", self._step_start_s, now)
-        self._ended.append(self._current)
-        self._current = None
-        self._close_records()
+        self._close_record(now)
 
     def _check_usable(self) -> None:
         self._check_open()

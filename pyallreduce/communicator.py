@@ -115,7 +115,8 @@ class Communicator:
 
     CUDA tensors go through NCCL, found at run time, on a stream of the communicator's own: after what the current
     stream has queued, before what it queues later; the host waits for the other hosts only. One GPU per rank. NCCL
-    chooses the order of summation and rounds 16-bit floats in its own way; ``avg`` multiplies its sum by 1/size.
+    chooses the order of summation and rounds 16-bit floats in its own way; ``avg`` multiplies its sum by 1/size. While
+    the current stream is captured into a CUDA graph: UsageError, since a replay would not ask the hosts.
     """
 
     def __init__(self, rank: int, size: int, roster: rendezvous.Roster, timeout_s: float) -> None:

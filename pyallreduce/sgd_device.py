@@ -40,7 +40,8 @@ class Operands(NamedTuple):
 
 
 class Table:
-    """What one launch is told about many parameters, on the host and on the device. ``dtypes``: weights', gradients'."""
+    """What one launch is told about many parameters, on the host and on the device. ``dtypes``: of weights and
+    gradients."""
 
     def __init__(
         self, where: gpu.Gpu, dtypes: tuple[torch.dtype, torch.dtype], pieces: Sequence[Piece]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,24 @@ def test_a_window_is_compute_exposed_communication_and_idle_time(
     assert report["overlap_ratio"] == (len(comm & compute) / len(comm) if comm else None)
     assert report["idle_s"] == 30 - len(comm | compute)
     assert report["window_s"] == report["compute_s"] + report["exposed_comm_s"] + report["idle_s"]
+
+
+# --- iterations ------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_that_is_no_step_ends_its_iteration_with_the_next_forward() -> None:
+    """A replayed CUDA graph of step(), say: no hook of torch.optim sees it, and records must not pile up."""
+    with closing(par.init()) as comm:
+        model = nn.Linear(3, 2)
+        aggregator = par.GradientAggregator(model, comm)
+        for t in range(4):
+            for _ in range(2):  # two forwards, one backward
+                output = model(torch.ones(4, 3))
+            output.sum().backward()
+            report = aggregator.report()
+            assert report["iteration"] == t
+        assert [p["name"] for p in report["phases"]] == ["forward", "forward", "backward", "wait"]
+        aggregator.close()
 
 
 # --- a straggler -----------------------------------------------------------------------------------------------------

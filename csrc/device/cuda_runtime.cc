@@ -24,9 +24,10 @@ void CudaRuntime::for_each_function(Self& self, Visit visit) {
   const auto all = [&](auto&... functions) { (visit(functions), ...); };
   all(self.get_device_count, self.set_device, self.get_device, self.runtime_get_version,
       self.device_get_stream_priority_range, self.stream_create, self.stream_destroy,
-      self.stream_synchronize, self.stream_wait_event, self.event_create, self.event_destroy,
-      self.event_record, self.event_query, self.event_elapsed_time, self.memcpy_async,
-      self.host_alloc, self.free_host, self.exchange_capture_mode, self.get_last_error);
+      self.stream_synchronize, self.stream_is_capturing, self.stream_wait_event, self.event_create,
+      self.event_destroy, self.event_record, self.event_query, self.event_elapsed_time,
+      self.memcpy_async, self.host_alloc, self.free_host, self.exchange_capture_mode,
+      self.get_last_error);
 }
 
 const CudaRuntime& CudaRuntime::load(const std::string& path,
@@ -67,6 +68,12 @@ int CudaRuntime::device_count() const {
   }
   get_device_count.check(status);
   return count;
+}
+
+bool CudaRuntime::is_capturing(CudaStream stream) const {
+  int status = 0;  // cudaStreamCaptureStatusNone
+  stream_is_capturing(stream, &status);
+  return status != 0;
 }
 
 int CudaRuntime::version() const {

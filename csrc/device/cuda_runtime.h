@@ -46,6 +46,8 @@ class CudaRuntime {
   int device_count() const;
   // 13020 is 13.2.
   int version() const;
+  // Into a graph: what is queued on the stream runs when somebody replays that, if ever.
+  bool is_capturing(CudaStream) const;
   const DynamicLibrary& library() const { return library_; }
 
   ForeignFunction<int*> get_device_count{"cudaGetDeviceCount"};
@@ -56,6 +58,7 @@ class CudaRuntime {
   ForeignFunction<CudaStream*, unsigned, int> stream_create{"cudaStreamCreateWithPriority"};
   ForeignFunction<CudaStream> stream_destroy{"cudaStreamDestroy"};
   ForeignFunction<CudaStream> stream_synchronize{"cudaStreamSynchronize"};
+  ForeignFunction<CudaStream, int*> stream_is_capturing{"cudaStreamIsCapturing"};
   ForeignFunction<CudaStream, CudaEvent, unsigned> stream_wait_event{"cudaStreamWaitEvent"};
   ForeignFunction<CudaEvent*, unsigned> event_create{"cudaEventCreateWithFlags"};
   ForeignFunction<CudaEvent> event_destroy{"cudaEventDestroy"};

@@ -7,11 +7,13 @@
 namespace pyar {
 
 std::optional<double> Mark::passed_s() const {
+  if (captured_s) return captured_s;
   if (!event || !event->has_passed()) return std::nullopt;
   return anchor->at_s + event->seconds_since(anchor->event);
 }
 
 Mark DeviceClock::mark(CudaStream stream) {
+  if (cuda_.is_capturing(stream)) return {nullptr, nullptr, now_s()};
   std::shared_ptr<const Anchor> before = anchor();
   auto event = std::make_shared<Event>(cuda_, Event::Timing::kYes);
   event->record(stream);

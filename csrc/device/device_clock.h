@@ -20,6 +20,8 @@ struct Anchor {
 struct Mark {
   std::shared_ptr<const Event> event;
   std::shared_ptr<const Anchor> anchor;
+  // Instead of both, on a stream that is captured into a graph: the host's time.
+  std::optional<double> captured_s = {};
   // Nothing before the stream has passed it.
   std::optional<double> passed_s() const;
 };

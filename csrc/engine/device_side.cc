@@ -21,6 +21,11 @@ NcclGroup& DeviceSide::group_for(const Call& call) {
 
 Engine::Task DeviceSide::task(CudaStream stream, Body body, std::shared_ptr<DeviceTimes> times) {
   const DeviceScope scope(cuda_, device_);
+  if (cuda_.is_capturing(stream))
+    throw UsageError(
+        "a collective on a stream that is being captured into a CUDA graph: before each launch the "
+        "ranks' hosts agree, which a replay would not repeat; capture what is between collectives, "
+        "the optimizer's step() for one");
   const auto ready = std::make_shared<Event>(cuda_, Event::Timing::kNo);
   ready->record(stream);
   if (times) times->begun.anchor = times->ended.anchor = clock_->anchor();

@@ -139,6 +139,28 @@ void a_mark_has_a_time_once_it_is_passed() {
   });
 }
 
+// A replay would not repeat what the hosts do: refused before anything is queued, and of no
+// consequence.
+void a_captured_stream_is_refused() {
+  on_ranks(2, [](Rank& rank, int) {
+    std::vector<float> data(5, 1.0f);
+    finish(rank.all_reduce(data));
+    rank.engine.run([](Group& group, const Call& call) { group.barrier(call); }, 0, [] {});
+    mock().set_capturing(true);
+    const double before_s = now_s();
+    error_of<UsageError>([&] { rank.all_reduce(data); });
+    const Mark mark = rank.side.mark(rank.stream.get());
+    rank.engine.run([](Group& group, const Call& call) { group.barrier(call); }, 0, [] {});
+    mock().set_capturing(false);
+    CHECK(*mark.passed_s() >= before_s && *mark.passed_s() <= now_s());
+    rank.engine.run([](Group& group, const Call& call) { group.barrier(call); }, 0, [] {});
+    finish(rank.all_reduce(data));
+    rank.side.hold_back(rank.stream.get());
+    rank.stream.synchronize();
+    CHECK(data == std::vector<float>(5, 4.0f));
+  });
+}
+
 // What cannot be connected is the first error, for the other ranks too, and nobody waits at the
 // end.
 void a_device_that_cannot_be_used_is_everyones_error() {
@@ -188,6 +210,7 @@ int main() {
   a_late_task_waits_only_for_what_was_there_when_it_was_submitted();
   what_follows_a_collective_is_waited_for_and_counts();
   a_mark_has_a_time_once_it_is_passed();
+  a_captured_stream_is_refused();
   a_device_that_cannot_be_used_is_everyones_error();
   closing_ends_a_call_that_hangs();
 }

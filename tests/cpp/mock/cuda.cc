@@ -232,6 +232,11 @@ MOCK_EXPORT int cudaStreamSynchronize(void* stream) {
   stream_of(stream).synchronize();
   return kSuccess;
 }
+MOCK_EXPORT int cudaStreamIsCapturing(void*, int* status) {
+  OBEY("cudaStreamIsCapturing");
+  *status = locked([](Orders& all) { return all.capturing; }) ? 1 : 0;
+  return kSuccess;
+}
 MOCK_EXPORT int cudaStreamWaitEvent(void* stream, void* event, unsigned flags) {
   OBEY("cudaStreamWaitEvent");
   if (flags != 0) return answer(kInvalidValue);

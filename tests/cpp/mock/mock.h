@@ -29,7 +29,8 @@ struct MockControl {
   // Negative: no driver.
   void (*set_num_devices)(int count);
   int (*num_calls)(const char* function);
-  // As while some thread captures a graph: events may be asked by threads of relaxed mode only.
+  // As while some thread captures a graph: all streams are captured, events may be asked by threads
+  // of relaxed mode only.
   void (*set_capturing)(bool capturing);
   // Stands for a kernel.
   void (*launch)(void* stream, void (*kernel)(void*), void* argument);
