@@ -545,9 +545,57 @@ def from_the_future(shards: Path) -> None:
     np.savez(shards / sources.INDEX, **arrays)
 
 
+def rewrite(shards: Path, column: str, change: Any) -> None:
+    with np.load(shards / sources.INDEX) as index:
+        arrays = dict(index)
+    arrays[column] = change(arrays[column])
+    np.savez(shards / sources.INDEX, **arrays)
+
+
+def with_first(value: int) -> Any:
+    """The column with another number for its first image."""
+    return lambda column: np.concatenate([[value], column[1:]])
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("train_labels", with_first(len(CLASSES)), "label .* of image 0 in train, accepted: 0 to"),
+        ("train_labels", with_first(-1), "label -1 of image 0"),
+        ("val_shards", with_first(1), "shard 1 of image 0 in val, accepted: 0 to 0"),
+        ("val_shards", with_first(-1), "shard -1"),
+        ("train_offsets", with_first(-512), "offset -512"),
+        ("train_offsets", with_first(1 << 40), "offset 1099511627776"),
+        ("train_lengths", with_first(-1), "length -1"),
+        ("train_lengths", with_first(1 << 40), "length 1099511627776"),
+        ("train_lengths", with_first(2**63 - 1), "length 9223372036854775807"),
+        ("train_lengths", lambda column: column.astype(float), "train_lengths is float64"),
+        ("train_lengths", lambda column: column[:, None], "not a row of int64"),
+        ("train_lengths", lambda column: column[1:], r"entries for \d+ images in train"),
+    ],
+)
+def test_an_index_that_points_outside_its_shards_is_refused(shards, column, change, message):
+    rewrite(shards, column, change)
+    with pytest.raises(par.UsageError, match=f"index.npz' is damaged .*{message}"):
+        load(shards)
+
+
+def test_an_image_may_end_with_its_shard(shards):
+    """The last byte is inside: a bound that is one too low would refuse it."""
+    size = (shards / "train-00000.tar").stat().st_size
+    with np.load(shards / sources.INDEX) as index:
+        rest = size - int(index["train_offsets"][0])
+    rewrite(shards, "train_lengths", with_first(rest))
+    assert len(load(shards).train.source.read(0)) == rest
+    rewrite(shards, "train_lengths", with_first(rest + 1))
+    with pytest.raises(par.UsageError, match="length"):
+        load(shards)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (lambda shards: (shards / sources.INDEX).write_bytes(b""), "index.npz' is damaged"),
         (shorten, r"train-00000\.tar has \d+ bytes instead of"),
         (garble, "index.npz' is damaged"),
         (from_the_future, "format 99, this version reads 1"),
@@ -717,6 +765,16 @@ def test_data_bench_compares_loaders_and_model(folder, monkeypatch, capsys):
         assert 0 < rate["lowest"] <= rate["images_per_s"] <= rate["highest"]
     assert found["model_images_per_s"] > 0
     assert set(found["image_ms"]) == {"read", "decode", "augment"}
+
+
+def test_data_bench_takes_grey_images_and_the_network_must_too(monkeypatch, capsys):
+    monkeypatch.setattr(data_bench, "ROUND_S", 0.05)
+    assert main(["data-bench", "--preset", "digits", "-b", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model_images_per_s"] > 0
+    assert main(["data-bench", "--preset", "digits", "--model", "cifar-resnet20"]) == 2
+    said = capsys.readouterr()
+    assert "takes images of 3 channels, but those of the data set have 1" in said.err
+    assert said.out == ""  # nothing was measured for it
 
 
 def test_data_bench_says_who_waits():

@@ -16,6 +16,7 @@ from itertools import count, islice
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import pyallreduce as par
@@ -43,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
                 "the ranks of a host, or give --workers the share of one"
             )
         dataset = data.load(cfg, comm)
+        # Before anything is measured: it may not take such images.
+        model = models.build(cfg.model, dataset.num_classes, channels=dataset.shape[0])
         precision = Precision(cfg, choose_device(cfg.device, comm))
     print_line = (lambda text: None) if cfg.json else print
     print_line(f"data    {cfg.dataset}: {dataset.description}")
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     rates = _in_turns(_loaders(cfg, dataset), _ahead(dataset))
     for name, rate in rates.items():
         print_line(f"{'loader' if name == OURS else 'other':7} {_rate_line(name, rate)}")
-    needed = _model_rate(cfg, dataset, precision)
+    needed = _model_rate(cfg, dataset, model, precision)
     print_line(
         f"model   {cfg.model}, n = {cfg.batch_size}, {precision}: needs {needed:,.1f} images/s"
     )
@@ -188,10 +191,12 @@ def _stages(files: Files) -> Rate:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _model_rate(cfg: Config, dataset: data.Dataset, precision: Precision) -> float:
+def _model_rate(
+    cfg: Config, dataset: data.Dataset, model: nn.Module, precision: Precision
+) -> float:
     """Images/s of forward, backward and update, the data being there: what the loader must give."""
     device = precision.device
-    model = precision.place(models.build(cfg.model, dataset.num_classes)).train()
+    model = precision.place(model).train()
     precision.compile(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=cfg.momentum, nesterov=True)
     labels = torch.arange(cfg.batch_size, device=device) % dataset.num_classes

@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,6 +165,13 @@ def open_folder(root: Path) -> Folder:
     return Folder(root, tuple(classes), np.array([label for _, label in found]), names)
 
 
+# What numpy, zipfile, JSON and our own checks raise for files that are not an index.
+_MALFORMED = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
 def _open_shards(path: Path) -> Opened:
     try:
         # A file of our own: numpy leaves its one open when the zip in it is damaged.
@@ -173,7 +181,7 @@ def _open_shards(path: Path) -> Opened:
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
         train, val = (_shards(path, split, meta, arrays) for split in SPLITS)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _MALFORMED as error:
         raise UsageError(
             f"--data-path: {str(path / INDEX)!r} is damaged or does not fit its shards "
             f"({type(error).__name__}: {error}); accepted: what 'python -m train prepare' wrote; "
@@ -192,7 +200,32 @@ def _shards(path: Path, split: str, meta: dict[str, Any], arrays: dict[str, np.n
     counts = {len(c) for c in (part.labels, part.shards, part.offsets, part.lengths)}
     if counts != {meta["images"][split]} or counts == {0}:
         raise ValueError(f"{counts} entries for {meta['images'][split]} images in {split}")
+    _check_rows(part, np.array(meta["bytes"][split], np.int64), split)
     return part
+
+
+def _check_rows(part: Shards, sizes: np.ndarray, split: str) -> None:
+    """ValueError unless every image has a class, and its bytes lie within their shard."""
+    for name in COLUMNS:
+        column = getattr(part, name)
+        if column.dtype != np.int64 or column.ndim != 1:
+            raise ValueError(f"{split}_{name} is {column.dtype} {column.shape}, not a row of int64")
+    _check_range("label", part.labels, len(part.classes), split)
+    _check_range("shard", part.shards, len(part.files), split)
+    ends = sizes[part.shards]
+    _check_range("offset", part.offsets, ends, split)
+    # Not offset + length <= end, which a large length would pass by overflow.
+    _check_range("length", part.lengths, ends - part.offsets + 1, split)
+
+
+def _check_range(what: str, values: np.ndarray, ends: np.ndarray | int, split: str) -> None:
+    outside = np.flatnonzero((values < 0) | (values >= ends))
+    if len(outside):
+        image = outside[0]
+        accepted = np.broadcast_to(ends, values.shape)[image] - 1
+        raise ValueError(
+            f"{what} {values[image]} of image {image} in {split}, accepted: 0 to {accepted}"
+        )
 
 
 def check_same_classes(train: Sequence[str], val: Sequence[str], path: Path) -> None:
