@@ -64,12 +64,6 @@ def test_torchvision_loads_the_file(tmp_path, capsys, name):
         assert torch.equal(loaded[key], value), key
 
 
-def test_a_compiled_network_exports_under_its_plain_names():
-    plain = nn.Linear(2, 2)
-    compiled: dict[str, Any] = {"_orig_mod." + k: v for k, v in plain.state_dict().items()}
-    assert export.weights(compiled).keys() == plain.state_dict().keys()
-
-
 def test_exported_tensors_share_no_memory():
     """The format refuses views into one storage, and the copy must not change with training."""
     tensor = torch.arange(6.0).view(2, 3)

@@ -20,8 +20,6 @@ from train import checkpoint
 from train.config import Parser
 from train.rundir import checkpoints_in
 
-COMPILED = "_orig_mod."  # what torch.compile puts before every name
-
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
@@ -45,11 +43,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU under the plain module's names: the format knows no strides."""
+    """Contiguous copies on the CPU: the format knows no strides."""
     return {
-        name.replace(COMPILED, ""): tensor.detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
     }
 
