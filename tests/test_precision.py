@@ -7,13 +7,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import mocked
 import pytest
 import torch
 from torch import nn
 
 import pyallreduce as par
+from pyallreduce import _core, gpu
 from ranks import run_ranks
-from train import checkpoint, data, loop, models, rundir
+from train import checkpoint, data, loop, models, precision, rundir
 from train.config import Config, load_preset, parse
 from train.precision import Precision, choose_device, wide
 
@@ -162,42 +164,101 @@ def test_fp16_and_eager_are_refused():
 
 
 class Host:
-    """The communicator of one rank on a host with as many."""
+    """The communicator of rank 1 on a host of two; the other rank answers as it is told to."""
 
-    local_rank, local_size = 1, 2
+    rank, size, local_rank, local_size = 1, 2, 1, 2
 
-    def __init__(self, reduces_cuda: bool = True) -> None:
-        self._reduces_cuda = reduces_cuda
+    def __init__(self, other: str) -> None:
+        self._other = other.encode()
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None: ...
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        if not self._reduces_cuda:
-            raise par.UsageError("this communicator works on CPU tensors")
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+        rows = output.view(2, -1)
+        rows[0, : len(self._other)] = torch.tensor(list(self._other), dtype=torch.uint8)
+        rows[0, len(self._other) :] = 0
+        rows[1] = tensor
+
+
+GOOD, BAD = "+a GPU", "---device: the library cannot work on cuda:0 (no NCCL)"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """So many GPUs in sight, on which the library works or not."""
+
+    def see(count: int, works: bool = True) -> None:
+        def try_it(device: torch.device) -> None:
+            if not works:
+                raise par.Error("no CUDA kernels")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(precision, "_try_library_on", try_it)
+
+    return see
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "reduces", "chosen"),
+    ("wanted", "count", "works", "other", "chosen"),
     [
-        ("auto", 0, True, "cpu"),
-        ("auto", 1, True, "cpu"),
-        ("auto", 2, True, "cuda:1"),
-        ("auto", 2, False, "cpu"),
-        ("cpu", 2, True, "cpu"),
-        ("cuda", 2, True, "cuda:1"),
+        ("auto", 0, True, GOOD, "cpu"),
+        ("auto", 1, True, GOOD, "cpu"),
+        ("auto", 2, True, GOOD, "cuda:1"),
+        ("auto", 2, False, GOOD, "cpu"),
+        ("auto", 2, True, BAD, "cpu"),
+        ("cpu", 2, True, BAD, "cpu"),
+        ("cuda", 2, True, GOOD, "cuda:1"),
     ],
 )
-def test_a_gpu_is_taken_where_every_rank_has_one(monkeypatch, wanted, gpus, reduces, chosen):
-    zeros = torch.zeros
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch, "zeros", lambda *sizes, **_: zeros(*sizes))
-    assert choose_device(wanted, Host(reduces)) == torch.device(chosen)
+def test_gpus_are_taken_where_all_ranks_can_work_on_theirs(
+    gpus, wanted, count, works, other, chosen
+):
+    gpus(count, works)
+    assert choose_device(wanted, Host(other)) == torch.device(chosen)
 
 
-def test_missing_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(par.UsageError, match="--device: given cuda, but a host has 1 GPU"):
-        choose_device("cuda", Host())
+@pytest.mark.parametrize(
+    ("count", "works", "other", "message"),
+    [
+        (1, True, GOOD, "^rank 1: --device: a host has 1 GPUs for 2 processes"),
+        (2, False, GOOD, r"^rank 1: --device: .* cannot work on cuda:1 \(no CUDA kernels\)"),
+        (2, True, BAD, r"^--device: .* cuda:0 \(no NCCL\)"),
+    ],
+)
+def test_gpus_that_were_asked_for_are_missed_on_all_ranks(gpus, count, works, other, message):
+    gpus(count, works)
+    with pytest.raises(par.UsageError, match=message):
+        choose_device("cuda", Host(other))
+
+
+def try_with_and_without(rank: int, size: int) -> list[str]:
+    """What is said with all there is, without kernels, and without NCCL; over the mock."""
+    mock = mocked.install(everything=True)
+    answers = []
+
+    def try_it() -> None:
+        try:
+            precision._try_library_on(torch.device("cpu"))
+            answers.append(f"settled {mock.num_settled > 0}")
+        except par.Error as error:
+            answers.append(str(error))
+
+    try_it()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mocked.MockedGpu, "kernels", gpu.Gpu.kernels)
+        patch.setattr(_core, "has_cuda", False)
+        try_it()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYALLREDUCE_NCCL", "/nowhere/libnccl.so")
+        try_it()
+    return answers
+
+
+def test_the_library_is_tried_with_its_kernels_and_nccl(mocks):
+    ((good, kernels, nccl),) = run_ranks(1, try_with_and_without, env=mocked.environment(mocks))
+    assert good == "settled True"  # a reduction went through the device
+    assert "CUDA kernels" in kernels
+    assert "/nowhere/libnccl.so" in nccl
 
 
 def test_flags():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import pyallreduce as par
 from train.config import Config
+from train.data.agree import on_every_rank
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,33 +20,53 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(wanted: str, comm: par.Communicator) -> torch.device:
     """Collective: the same kind of device on every rank, on a GPU each rank of a host one of its own.
 
-    "auto" takes GPUs where every rank has one and the library reduces its tensors. UsageError for
-    "cuda" where they are missing.
+    "auto" takes GPUs where every rank has one and the library can work on it, and says why not where
+    there are GPUs. UsageError on every rank for "cuda" where they are missing.
     """
     if wanted == "cpu":
         return torch.device("cpu")
-    missing = torch.tensor([max(0, comm.local_size - torch.cuda.device_count())])
-    comm.all_reduce(missing, op="max")
-    if missing.item():
-        if wanted == "auto":
-            return torch.device("cpu")
+    try:
+        return on_every_rank(comm, lambda: _own_gpu(comm)).device
+    except par.UsageError as error:
+        if wanted == "cuda":
+            raise
+        if torch.cuda.device_count() and comm.rank == 0:
+            print(f"warning: the GPUs are left alone: {error}", file=sys.stderr)
+        return torch.device("cpu")
+
+
+class _Gpu(NamedTuple):
+    device: torch.device
+    fingerprint: str = "a GPU"  # which one differs between ranks
+
+
+def _own_gpu(comm: par.Communicator) -> _Gpu:
+    """This rank's, made torch's current one. Local; UsageError when the trainer cannot use it."""
+    found = torch.cuda.device_count()
+    if found < comm.local_size:
         raise par.UsageError(
-            f"--device: given cuda, but a host has {missing.item()} GPUs fewer than processes; "
-            "accepted: one GPU per process; start fewer processes there or give --device cpu"
+            f"--device: a host has {found} GPUs for {comm.local_size} processes; accepted: one GPU per "
+            "process; start fewer processes there or give --device cpu"
         )
     device = torch.device("cuda", comm.local_rank)
     torch.cuda.set_device(device)
-    if wanted == "auto" and not _reduces_tensors_of(device, comm):
-        return torch.device("cpu")
-    return device
-
-
-def _reduces_tensors_of(device: torch.device, comm: par.Communicator) -> bool:
     try:
-        comm.broadcast(torch.zeros(1, device=device))
-    except par.UsageError:  # raised before anything is sent: the communicator stays usable
-        return False
-    return True
+        _try_library_on(device)
+    except par.Error as error:
+        raise par.UsageError(
+            f"--device: the library cannot work on {device} ({error}); accepted: an installation with "
+            "CUDA kernels, and NCCL; see pyallreduce doctor, or give --device cpu"
+        ) from None
+    return _Gpu(device)
+
+
+def _try_library_on(device: torch.device) -> None:
+    """One update and one reduction by this process alone: its kernels and NCCL. Error: one is missing."""
+    weight = nn.Parameter(torch.zeros(1, device=device))
+    weight.grad = torch.zeros_like(weight)
+    par.SGD([weight], lr=0.0).step()
+    with closing(par.init(store=torch.distributed.HashStore(), rank=0, size=1)) as alone:
+        alone.all_reduce(weight.grad)
 
 
 class Precision:
