@@ -82,7 +82,12 @@ def test_our_own_network_says_how_it_loads(tmp_path, capsys):
     assert "torchvision" not in text
     file = tmp_path / "run" / "weights.safetensors"
     with safe_open(file, framework="pt") as opened:
-        assert opened.metadata() == {"model": "digits-resnet", "seed": "3", "iteration": "7"}
+        assert opened.metadata() == {
+            "model": "digits-resnet",
+            "seed": "3",
+            "iteration": "7",
+            "bn_statistics": "worker0",
+        }
 
 
 def test_a_network_of_another_shape_is_not_promised_to_torchvision():

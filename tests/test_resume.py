@@ -232,6 +232,11 @@ def test_sigterm_to_the_parent_of_nproc_ends_with_75(tmp_path):
         f"python -m train: stopped by SIGTERM; the checkpoint of iteration {step} is written, "
         "--resume continues from it\n"
     )
+    # The seconds for pictures belong to who sent the signal; the page and the way to them are there.
+    log = (tmp_path / "digits" / "log.txt").read_text()
+    assert f"python -m train report {tmp_path / 'digits'}\n" in log
+    assert (tmp_path / "digits" / "report.html").exists()
+    assert not list((tmp_path / "digits").glob("*.png"))
 
 
 def test_sigterm_to_torchrun_saves_before_it_kills(tmp_path):

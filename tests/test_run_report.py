@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import re
@@ -54,9 +55,17 @@ TIMELINE = {
 
 
 def make_run(
-    path: Path, errors: list[float], *, ending: str | None = "summary", **values: Any
+    path: Path,
+    errors: list[float],
+    *,
+    ending: str | None = "summary",
+    top5: float | None = None,
+    **values: Any,
 ) -> Path:
-    """A run directory with these held-out errors by epoch; `ending` is the kind of its last record."""
+    """A run directory with these held-out errors by epoch; `ending` is the kind of its last record.
+
+    `top5` is the top-5 error of all epochs.
+    """
     path.mkdir(parents=True)
     config = Config(**{**load_preset("digits"), "epochs": EPOCHS, **values})
     derived = {
@@ -99,6 +108,7 @@ def make_run(
             images_per_s=1500.0,
             per_rank={**{k: [v, v] for k, v in parts.items()}, "overlap_ratio": [0.75, None]},
             test_error=error,
+            **({} if top5 is None else {"test_error_top5": top5}),
             test_loss=0.5,
             test_images=364,
             bn_statistics="worker 0's running statistics",
@@ -187,6 +197,16 @@ def test_report_shows_what_the_records_say(tmp_path):
     assert ["batch_size", "32"] in [row for table in found.tables for row in table]
     assert ["packages.torch", "2"] in [row for table in found.tables for row in table]
     assert "--name 'a<b>'" in found.text  # escaped, else it would be a tag
+
+
+@pytest.mark.parametrize(("top5", "column_of_timm"), [(1.25, "98.75"), (None, "")])
+def test_report_and_summary_have_the_top5_error_where_there_is_one(tmp_path, top5, column_of_timm):
+    run = make_run(tmp_path / "run", [9, 5], top5=top5)
+    report.write_summary(Records.read(run))
+    with (run / report.SUMMARY).open(newline="") as file:
+        assert [row["eval_top5"] for row in csv.DictReader(file)] == [column_of_timm] * 2
+    shown = [row for row in report.results(Records.read(run)) if "top-5" in row[0]]
+    assert [value for _, value, _ in shown] == (["1.25 %"] if top5 else [])
 
 
 def test_a_run_that_stopped_early_has_a_report_that_says_so(tmp_path, capsys):

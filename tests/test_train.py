@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from torch import nn
 
 import pyallreduce as par
 from ranks import run_ranks
-from train import data, launch, loop, models, progress, rundir
+from train import data, launch, loop, models, profiling, progress, rundir
 from train.__main__ import main
 from train.config import Config, load_preset, parse
 from train.evaluate import Evaluator
@@ -136,6 +137,9 @@ def test_summary_has_a_row_per_epoch(runs):
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert [float(row["eval_top1"]) for row in rows] == [100 - r["test_error"] for r in epochs]
     assert [float(row["train_loss"]) for row in rows] == [r["train_loss"] for r in epochs]
+    # The best five of ten classes hold the best one.
+    assert all(0 < r["test_error_top5"] < r["test_error"] for r in epochs)
+    assert [float(row["eval_top5"]) for row in rows] == [100 - r["test_error_top5"] for r in epochs]
 
 
 def test_metrics_have_a_line_per_interval_epoch_and_run(runs):
@@ -607,6 +611,69 @@ def test_evaluation_changes_nothing_that_training_reads():
     assert first == second
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Ranked(nn.Module):
+    """Its input as logits: the pixels of an image are the answer."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1)
+
+
+@pytest.mark.parametrize(("classes", "error5"), [(8, 37.5), (5, 0.0), (3, 0.0)])
+def test_top5_error_counts_images_whose_class_is_not_among_the_best_five(classes, error5):
+    """Image i has its class in place i of the network's order."""
+    logits = torch.arange(classes, 0, -1.0).expand(classes, -1)[..., None, None]
+    test = data.Images(logits, torch.arange(classes))
+    precision = Precision(make_config(), torch.device("cpu"))
+    found = Evaluator(Ranked(), Alone(), test, precision, Watch(Alone()), batch_size=3)(Ranked())
+    assert found.error5 == error5
+    assert found.correct == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "step", "last", "expected"),
+    [
+        (None, 0, 100, range(0)),
+        (3, 0, 100, range(10, 13)),
+        (3, 40, 100, range(50, 53)),  # resumed
+        (3, 0, 5, range(2, 5)),  # a short run: its last ones
+        (9, 0, 5, range(5)),
+        (3, 5, 5, range(0)),
+    ],
+)
+def test_profiled_iterations_come_after_the_first_ones(asked, step, last, expected):
+    assert list(profiling.to_trace(asked, step, last)) == list(expected)
+
+
+def test_profile_leaves_a_trace_of_the_iterations_asked_for(tmp_path):
+    with closing(par.init(timeout_s=20)) as comm:
+        output = {"output_dir": str(tmp_path), "report": False}
+        loop.train(make_config(batch_size=178, max_steps=4, profile=2, **output), comm)
+    run = tmp_path / "digits"
+    (file,) = (run / "profiling").rglob("*.gz")
+    assert file == run / "profiling" / "traces" / "iteration_3" / "rank0_trace.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events if event.get("ph") == "X"]
+    forwards, updates = "aten::cross_entropy_loss", "Optimizer.step#SGD.step"
+    assert (names.count(forwards), names.count(updates)) == (2, 2)
+
+
+def test_a_profile_ends_with_its_epoch_and_with_an_error(tmp_path):
+    assert list(profiling.traced("abc", 4, range(6, 9), tmp_path)) == ["a", "b", "c"]
+    assert profiling.trace_file(tmp_path, 6).exists()
+    interrupted = profiling.traced("abc", 0, range(1, 3), tmp_path)
+    assert (next(interrupted), next(interrupted)) == ("a", "b")
+    interrupted.close()
+    assert profiling.trace_file(tmp_path, 1).exists()
+    assert list(profiling.traced("abc", 9, range(6, 9), tmp_path)) == ["a", "b", "c"]
+    assert len(list(tmp_path.rglob("*.gz"))) == 2
+
+
+def test_profile_takes_a_number_or_none():
+    assert parse("classify", []).profile is None
+    assert parse("classify", ["--profile"]).profile == 5
+    assert parse("classify", ["--profile", "3", "--json"]).profile == 3
 
 
 def test_a_lost_test_image_is_an_error():

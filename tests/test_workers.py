@@ -17,6 +17,7 @@ from torch.nn import functional as nnf
 import pyallreduce as par
 from ranks import run_ranks
 from train import data, loop, models, recipe, rundir
+from train.__main__ import main
 from train.config import Config, load_preset
 from train.evaluate import Evaluator
 from train.metrics import read_metrics
@@ -203,6 +204,20 @@ def test_recomputed_statistics_do_not_depend_on_the_processes(runs):
     assert losses[1] != pytest.approx(losses[0], rel=1e-3)
     # Worker 0's lag behind at first: it has seen three minibatches when the first epoch ends.
     assert losses[1][0] < losses[0][0]
+
+
+@pytest.mark.parametrize("name", ["2", "2 recomputed"])
+def test_the_export_has_the_statistics_that_were_evaluated(runs, tmp_path, name):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    file = tmp_path / "weights.safetensors"
+    assert main(["export", runs[name][2]["directory"], "--out", str(file)]) == 0
+    model = TINY(4).double().eval()
+    model.load_state_dict(safetensors.load_file(file))
+    test = dataset().test
+    with torch.no_grad():
+        loss = nnf.cross_entropy(model(test.pixels), test.labels).item()
+    *_, epoch = (r for r in runs[name][1] if r["kind"] == "epoch")
+    assert loss == pytest.approx(epoch["test_loss"], rel=1e-9)
 
 
 # The parts.

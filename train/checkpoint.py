@@ -32,7 +32,8 @@ class TrainState:
     """What an iteration changes, and nothing else.
 
     `errors` maps an evaluated epoch to its held-out error in percent; it is the same on every rank.
-    `evaluated` is the iteration of the last evaluation. `sums` are the epoch's so far, of this rank
+    `evaluated` is the iteration of the last evaluation, `recomputed` the batch-norm statistics that it
+    made by itself, for those who export them. `sums` are the epoch's so far, of this rank
     (metrics.Meter says of what).
     """
 
@@ -41,6 +42,7 @@ class TrainState:
     step: int = 0
     evaluated: int = 0
     errors: dict[int, float] = dataclasses.field(default_factory=dict)
+    recomputed: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     scaler: torch.amp.GradScaler = dataclasses.field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
@@ -82,6 +84,8 @@ def collect(
         "evaluated": state.evaluated,
         "errors": dict(state.errors),
         "model": _on_cpu(state.model.state_dict()),
+        # Those of other weights are of no use to anyone.
+        "recomputed": state.recomputed if state.evaluated == state.step else {},
         "optimizer": _on_cpu(_optimizer(state)),
         "scaler": state.scaler.state_dict(),
         "ranks": ranks,
@@ -167,6 +171,7 @@ def restore(state: TrainState, content: dict[str, Any], comm: par.Communicator) 
         state.sums.copy_(torch.stack([rank["/sums"] for rank in ranks]).sum(0))
     state.step, state.evaluated = content["step"], content["evaluated"]
     state.errors = dict(content["errors"])
+    state.recomputed = content.get("recomputed", {})  # earlier versions kept none
 
 
 def digest(content: Any) -> str:

@@ -39,10 +39,13 @@ def _knob(
     below: float | None = None,
     positive: bool = False,
     counts_in_k: bool = False,
+    alone: Any = None,
     changes_weights: bool = False,
     changes_rounding: bool = False,
 ) -> Any:
     """A field with its help text, its bounds, and whether another value gives other weights.
+
+    `alone` is the value of a flag that is given without one.
 
     A checkpoint is not continued under another value that `changes_weights`; of one that only
     `changes_rounding` the log tells.
@@ -55,6 +58,7 @@ def _knob(
         "below": below,
         "positive": positive,
         "counts_in_k": counts_in_k,
+        "alone": alone,
         "changes_weights": changes_weights,
         "changes_rounding": changes_rounding,
     }
@@ -358,6 +362,14 @@ class Config:
     report: bool = _knob(
         "run", "draw the pictures and write report.html when the run ends", default=True
     )
+    profile: int | None = _knob(
+        "run",
+        "trace so many iterations of rank 0 with torch.profiler, 5 without N, into profiling/traces "
+        "of the run directory (the timeline of the report needs no flag)",
+        default=None,
+        at_least=1,
+        alone=5,
+    )
     print_freq: int = _knob("run", "iterations between log lines", default=10, at_least=1)
     max_steps: int | None = _knob(
         "run",
@@ -533,6 +545,7 @@ def _parser(command: str, preset: str, values: dict[str, Any]) -> Parser:
             dest=field.name,
             help=f"{meta['text']} (default: {_show(used)})".replace("%", "%%"),
             **_argument(types[field.name], meta["counts_in_k"]),
+            **({} if meta["alone"] is None else {"nargs": "?", "const": meta["alone"]}),
         )
     # Old launchers append it; the launcher's environment says the same.
     parser.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)

@@ -23,10 +23,12 @@ WORKER_0 = "worker 0's running statistics"
 class Evaluation:
     """`error` and `accuracy` in percent, `loss` the mean cross-entropy, over `count` images.
 
-    `statistics` names what batch norm normalised by.
+    `correct5` have their class among the network's best five. `statistics` names what batch norm
+    normalised by.
     """
 
     correct: int
+    correct5: int
     count: int
     loss: float
     statistics: str
@@ -38,6 +40,11 @@ class Evaluation:
     @property
     def error(self) -> float:
         return 100.0 - self.accuracy
+
+    @property
+    def error5(self) -> float:
+        """The top-5 error."""
+        return 100.0 - 100.0 * self.correct5 / self.count
 
 
 class Evaluator:
@@ -82,22 +89,31 @@ class Evaluator:
             statistics = self._recompute_statistics(training)
 
         device = self._precision.device
-        counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, seen
+        counts = torch.zeros(3, dtype=torch.int64, device=device)  # correct, correct5, seen
         loss = torch.zeros(1, dtype=torch.float64, device=device)
         for pixels, labels in self._batches():
             with self._precision.autocast():
                 logits = self._copy(pixels)
             loss += nnf.cross_entropy(wide(logits), labels, reduction="sum").double()
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             correct = (logits.argmax(1) == labels).sum()
-            counts += torch.stack([correct, correct.new_tensor(len(labels))])
+            counts += torch.stack([correct, best.sum(), correct.new_tensor(len(labels))])
         counts, loss = counts.cpu(), loss.cpu()
         self._comm.all_reduce(counts, op="sum")
         self._comm.all_reduce(loss, op="sum")
 
-        right, seen = counts.tolist()
+        right, right5, seen = counts.tolist()
         if seen != len(self._images):
             raise RuntimeError(f"evaluation counted {seen} images instead of {len(self._images)}")
-        return Evaluation(right, seen, loss.item() / seen, statistics)
+        return Evaluation(right, right5, seen, loss.item() / seen, statistics)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Copies of what batch norm normalised by in the latest evaluation, under the model's names."""
+        return {
+            name: buffer.cpu().clone()
+            for name, buffer in self._copy.named_buffers()
+            if buffer.is_floating_point()
+        }
 
     def _batches(self) -> data.Batches:
         batches = data.evaluation_batches(

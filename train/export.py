@@ -24,8 +24,8 @@ from train.rundir import checkpoints_in
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m train export",
-        description="Write the weights of a run's newest checkpoint, with worker 0's batch-norm "
-        "statistics, as a safetensors file.",
+        description="Write the weights of a run's newest checkpoint as a safetensors file, with worker "
+        "0's batch-norm statistics, or the recomputed ones if it was evaluated under such.",
     )
     parser.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     parser.add_argument(
@@ -35,9 +35,13 @@ def main(argv: Sequence[str]) -> int:
     source = checkpoint.newest_intact(checkpoints_in(given.run))
     out = given.out or (given.run if given.run.is_dir() else source.parent) / "weights.safetensors"
     content = checkpoint.read(source)
-    tensors = weights(content["model"])
-    write(out, tensors, description(content))
-    print(f"exported {source} (iteration {content['step']}): {len(tensors)} tensors to {out}")
+    tensors = weights({**content["model"], **_recomputed(content)})
+    about = description(content)
+    write(out, tensors, about)
+    print(
+        f"exported {source} (iteration {content['step']}): {len(tensors)} tensors to {out}, batch norm "
+        f"by statistics: {about['bn_statistics']}"
+    )
     print(how_to_load(content["identity"].get("model"), tensors, out))
     return 0
 
@@ -50,13 +54,22 @@ def weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _recomputed(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Batch-norm statistics of the last evaluation, if it made its own of these weights."""
+    return content.get("recomputed", {})  # earlier versions kept none
+
+
 def description(content: Mapping[str, Any]) -> dict[str, str]:
     """What the file says about its origin."""
     identity = content["identity"]
     known = {
         key: identity[key] for key in ("model", "dataset", "preset", "seed") if key in identity
     }
-    return {**{key: str(value) for key, value in known.items()}, "iteration": str(content["step"])}
+    return {
+        **{key: str(value) for key, value in known.items()},
+        "iteration": str(content["step"]),
+        "bn_statistics": "recomputed" if _recomputed(content) else "worker0",
+    }
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from train.config import Config
 from train.evaluate import Evaluation, Evaluator
 from train.metrics import Meter
 from train.precision import Precision, choose_device, wide
+from train.profiling import to_trace, traced
 from train.watch import Interrupted, Watch
 from train.workers import Minibatch, minibatches
 
@@ -42,6 +43,7 @@ class Job:
     run: rundir.Run
     notices: tuple[str, ...]
     plan: dict[str, Any]
+    traced: range
 
     @property
     def epoch(self) -> int | None:
@@ -73,7 +75,10 @@ class Job:
         images = len(self.dataset.train)
         totals = (min(self.minibatch, images - step * self.minibatch) for step in steps)
         batches = self.meter.timed(self.batches(epoch, self.workers, steps))
-        return minibatches(totals, batches, self.workers, self.state.model, self.aggregator)
+        found = minibatches(totals, batches, self.workers, self.state.model, self.aggregator)
+        if self.run.path is None:  # rank 0 alone has one
+            return found
+        return traced(found, self.state.step, self.traced, self.run.path)
 
     def evaluate(self) -> Evaluation:
         """Collective: the held-out error of the present weights, under --bn-statistics."""
@@ -123,6 +128,8 @@ class Job:
         """After the evaluation."""
         self.state.errors[epoch] = error
         self.state.evaluated = self.state.step
+        if self.cfg.bn_statistics == "recomputed":
+            self.state.recomputed = self.evaluator.statistics()
 
     def between_iterations(self) -> None:
         """Collective: save when it is time to; Interrupted on all ranks when one was asked to stop."""
@@ -208,13 +215,14 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
     if resumed:  # after the aggregator, which gives every rank the buffers of rank 0
         checkpoint.restore(state, resumed.content, comm)
     precision.compile(model)  # last: the evaluator's copy runs as it is
+    last = min(schedule.total, cfg.max_steps or schedule.total)
     return Job(
         cfg=cfg,
         comm=comm,
         dataset=dataset,
         k=k,
         steps=steps,
-        last=min(schedule.total, cfg.max_steps or schedule.total),
+        last=last,
         schedule=schedule,
         state=state,
         aggregator=aggregator,
@@ -225,4 +233,5 @@ def prepare(cfg: Config, comm: par.Communicator) -> Job:
         run=run,
         notices=resumed.notices if resumed else (),
         plan=resumed.content["plan"] if resumed else {},
+        traced=to_trace(cfg.profile, state.step, last),
     )

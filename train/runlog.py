@@ -18,6 +18,7 @@ from train.metrics import METRICS, MetricsFile
 from train.recipe import median_error
 from train.records import CONFIG, ENVIRONMENT, TIMELINE, Records
 from train.rundir import environment
+from train.watch import Interrupted
 
 LOG = "log.txt"
 
@@ -32,6 +33,7 @@ class RunLog:
             self._run.path and self._run.file(METRICS), job.state.step, job.state.evaluated
         )
         self._evaluated = False
+        self._tells_top5 = job.dataset.num_classes > 5  # of fewer, five are all
         derived = {
             "processes": job.comm.size,
             "workers": job.k,
@@ -65,7 +67,8 @@ class RunLog:
             reason, step = f"{type(error).__name__}: {error}", self._job.state.step
             self._metrics.write("stopped", step=step, reason=reason)
             self._progress.line(f"stopped    at iteration {step} of {self._job.last}: {reason}")
-            self._report()
+            # Whoever sent the signal kills in a while, and the other ranks wait.
+            self._report(in_a_hurry=isinstance(error, Interrupted))
         self._metrics.close()
         if self._file:
             self._file.close()
@@ -95,6 +98,7 @@ class RunLog:
             lr=lr,
             **training,
             test_error=test.error,
+            **({"test_error_top5": test.error5} if self._tells_top5 else {}),
             test_loss=test.loss,
             test_images=test.count,
             bn_statistics=test.statistics,
@@ -102,7 +106,8 @@ class RunLog:
         self._progress.line(
             f"epoch {epoch + 1}/{self._job.cfg.epochs}  train loss {training['train_loss']:.4f} "
             f"error {training['train_error']:.2f} %  held-out error {test.error:.2f} % "
-            f"({test.count} images)  {progress.clock(self._metrics.wall_s)}"
+            + (f"top-5 {test.error5:.2f} % " if self._tells_top5 else "")
+            + f"({test.count} images)  {progress.clock(self._metrics.wall_s)}"
         )
         if self._root:
             report.write_summary(Records.read(self._run.file(".")))
@@ -118,6 +123,7 @@ class RunLog:
             "accuracy_median": 100.0 - median_error(errors),
             "accuracy_epochs": min(len(errors), 5),
             "accuracy_final": test.accuracy,
+            "accuracy_final_top5": 100.0 - test.error5 if self._tells_top5 else None,
             "test_images": test.count,
             "bn_statistics": test.statistics,
             "processes": job.comm.size,
@@ -136,7 +142,7 @@ class RunLog:
             self._progress.line(line)
         return summary
 
-    def _report(self) -> None:
+    def _report(self, in_a_hurry: bool = False) -> None:
         """Pictures and pages. Nothing here decides how the run ends: that is decided already.
 
         A launcher may lose patience with the last rank, and so may a person: then without pictures.
@@ -146,7 +152,7 @@ class RunLog:
         if not self._job.cfg.report:
             return
         try:
-            missing = report.write(self._run.file("."))
+            missing = report.write(self._run.file("."), in_a_hurry)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             missing = f"{type(error).__name__}: {error}"
         if missing:
@@ -209,7 +215,8 @@ def _summary_lines(s: dict[str, Any]) -> list[str]:
     lines = [
         f"accuracy      {s['accuracy_median']:.2f} % held out, median of the last "
         f"{s['accuracy_epochs']} epochs; {s['accuracy_final']:.2f} % at the end "
-        f"({s['test_images']} images, {s['bn_statistics']})"
+        + (f"(top-5 {top5:.2f} %; " if (top5 := s["accuracy_final_top5"]) is not None else "(")
+        + f"{s['test_images']} images, {s['bn_statistics']})"
     ]
     if s["throughput"]:
         lines.append(
