@@ -659,15 +659,20 @@ def test_profile_leaves_a_trace_of_the_iterations_asked_for(tmp_path):
     assert (names.count(forwards), names.count(updates)) == (2, 2)
 
 
-def test_a_profile_ends_with_its_epoch_and_with_an_error(tmp_path):
+def test_a_profile_ends_in_time_and_with_its_epoch_and_with_an_error(tmp_path):
     assert list(profiling.traced("abc", 4, range(6, 9), tmp_path)) == ["a", "b", "c"]
     assert profiling.trace_file(tmp_path, 6).exists()
+    one = profiling.traced("abc", 0, range(1), tmp_path)
+    assert next(one) == "a"
+    assert not profiling.trace_file(tmp_path, 0).exists()
+    assert next(one) == "b"
+    assert profiling.trace_file(tmp_path, 0).exists()
     interrupted = profiling.traced("abc", 0, range(1, 3), tmp_path)
     assert (next(interrupted), next(interrupted)) == ("a", "b")
     interrupted.close()
     assert profiling.trace_file(tmp_path, 1).exists()
     assert list(profiling.traced("abc", 9, range(6, 9), tmp_path)) == ["a", "b", "c"]
-    assert len(list(tmp_path.rglob("*.gz"))) == 2
+    assert len(list(tmp_path.rglob("*.gz"))) == 3
 
 
 def test_profile_takes_a_number_or_none():
