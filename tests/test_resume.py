@@ -172,6 +172,30 @@ def test_a_signal_to_one_rank_stops_all_at_one_iteration(uninterrupted, tmp_path
     assert_same_run(uninterrupted[0], tmp_path / "run")
 
 
+def test_the_end_of_torchrun_stops_the_ranks_that_it_leaves_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "_parent", None)
+    check = Watch.check
+
+    def leave(self: Watch, loss: torch.Tensor, step: int, lr: float) -> None:
+        if step == 2:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        check(self, loss, step, lr)
+
+    handlers = {number: signal.getsignal(number) for number in signals.REQUESTS}
+    monkeypatch.setattr(Watch, "check", leave)
+    try:
+        signals.listen(needs_parent=True)
+        with pytest.raises(Interrupted, match="stopped by the end of torchrun") as stop:
+            train_alone(tmp_path, batch_size=256)
+        assert stop.value.step == newest(tmp_path / "digits")["step"] == 3
+        signals.listen()  # without torchrun a shell may end, and its run go on
+        monkeypatch.setattr(os, "getppid", lambda: 2)
+        assert signals.received() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_request_during_evaluation_costs_only_the_evaluation(
     tmp_path, monkeypatch, no_request, epochs

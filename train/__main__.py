@@ -1,7 +1,8 @@
 """`python -m train classify ...`
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 target missed (--assert-top1), 75 stopped by SIGTERM
-or SIGUSR1 with a checkpoint, to be started again with --resume; 130 stopped by Ctrl-C without.
+or SIGUSR1, or by the end of torchrun, with a checkpoint, to be started again with --resume; 130
+stopped by Ctrl-C without.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _rank(cfg: Config) -> int:
     """This process as one rank of the job."""
-    signals.listen()
+    signals.listen(needs_parent=launch.launched_by(os.environ) == "torchrun")
     # Heavy imports only here: the parent of --nproc and --help do without torch.
     import torch
     from torch.distributed.elastic.multiprocessing.errors import record

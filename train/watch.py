@@ -6,7 +6,6 @@ All of them get the answer in the same iteration, so they save, or fail, togethe
 from __future__ import annotations
 
 import math
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -27,7 +26,7 @@ class Interrupted(Exception):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(f"stopped by {signals.name(number)}")
         self.step: int | None = None
 
 
