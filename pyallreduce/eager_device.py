@@ -4,6 +4,7 @@ stream of backward goes on. Parameters stay where they are; every rank keeps a m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from pyallreduce.communicator import Communicator
 from pyallreduce.eager import Updater, rule_of
 from pyallreduce.errors import UsageError
 from pyallreduce.sgd import SGD
-from pyallreduce.sgd_device import Piece, Table
+from pyallreduce.sgd_device import Piece, Table, momentum_of
 from pyallreduce.sides import DeviceSide
 
 
@@ -35,7 +36,9 @@ class DeviceUpdater(Updater):
         super().__init__(buckets, optimizer, scale)
         self._comm, self._side, self._where = comm, side, side.where
         self._sgd = optimizer.on_device(side.where)
-        self._tables: dict[int, Table] = {}  # by bucket
+        self._tables: dict[int, Table] = {}  # by bucket, as long as memory stays where it is
+        self._weights: dict[int, list[int]] = {}  # addresses, by bucket
+        self._momentum: list[Any] = []  # addresses
         self._rules: list[_core.kernels.UpdateRule] = []  # of that update
         self._gate = {"found_inf": 0, "aborted": side.device.aborted}
         # By-products of the pass before clipping, and its result.
@@ -118,12 +121,26 @@ class DeviceUpdater(Updater):
             for param in group["params"]:
                 self._optimizer._operands(group, param, param)
 
+    def begin_backward(self) -> None:
+        super().begin_backward()
+        optimizer = self._optimizer
+        momentum = momentum_of(optimizer.param_groups, optimizer.state)
+        if momentum != self._momentum:  # the user has put others in their place
+            self._tables.clear()
+            self._momentum = momentum
+
     def _table_of(self, bucket: Bucket) -> Table:
-        pieces = [self._piece_of(slot.param, slot.grad) for slot in bucket.slots]
-        known = self._tables.get(bucket.index)
-        if known is None or known.pieces != pieces:
-            dtypes = (self._optimizer._dtype_of(bucket.slots[0].param), bucket.dtype)
+        known, params = self._tables.get(bucket.index), [slot.param for slot in bucket.slots]
+        weights = [param.data_ptr() for param in params]
+        if (
+            known is None
+            or weights != self._weights[bucket.index]
+            or not self._optimizer._masters_follow(params)
+        ):
+            pieces = [self._piece_of(slot.param, slot.grad) for slot in bucket.slots]
+            dtypes = (self._optimizer._dtype_of(params[0]), bucket.dtype)
             known = self._tables[bucket.index] = Table(self._where, dtypes, pieces)
+            self._weights[bucket.index] = weights
         return known
 
     def _piece_of(self, param: torch.nn.Parameter, grad: torch.Tensor) -> Piece:

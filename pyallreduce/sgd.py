@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -188,7 +188,11 @@ class SGD(torch.optim.Optimizer):
         return loss
 
     def _update_all(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-        groups = self.param_groups
+        groups, side = self.param_groups, self._on_device
+        if side and side.is_prepared(groups, self.state) and self._masters_follow(side.params):
+            side.step(groups, self.state, grad_scale, found_inf)
+            self._note_written(side.params)
+            return
         params = [param for group in groups for param in group["params"] if param.grad is not None]
         places = {gpu.of(param) for param in params}
         if len(places) > 1:
@@ -198,7 +202,9 @@ class SGD(torch.optim.Optimizer):
         gathered = [self._gather(group) for group in groups]  # checks first
         for where in places:  # none if no parameter has a gradient: momentum keeps its unit too
             if where is not None:
-                self.on_device(where).step(groups, gathered, self.state, grad_scale, found_inf)
+                side = self.on_device(where)
+                side.prepare(groups, self.state, params, gathered)
+                side.step(groups, self.state, grad_scale, found_inf)
                 continue
             scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
             for group, operands in zip(groups, gathered, strict=True):
@@ -300,7 +306,12 @@ class SGD(torch.optim.Optimizer):
         state["master"], self._written[param] = fresh, _mark_of(param)
         return fresh
 
-    def _note_written(self, params: list[torch.Tensor]) -> None:
+    def _masters_follow(self, params: Sequence[torch.Tensor]) -> bool:
+        return not self.master_weights or all(
+            self._written.get(param) == _mark_of(param) for param in params
+        )
+
+    def _note_written(self, params: Sequence[torch.Tensor]) -> None:
         """For autograd, which must notice that saved weights change, and for their masters."""
         if params:
             increment_version(params)

@@ -194,6 +194,33 @@ def test_an_overflow_under_clipping_changes_nothing(mocks: Path) -> None:
     run_mocked(mocks, 2, _overflows)
 
 
+def _follows_memory(rank: int, n: int) -> None:
+    gpu = mocked.install()
+    comm = par.init(30.0)
+    both = Twice(comm, gpu, update="eager")
+    for change in (None, None, "state", "weights", None):
+        for module, optimizer in zip(both.modules, both.optimizers, strict=True):
+            if change == "state":
+                state = copy.deepcopy(optimizer.state_dict())
+                state["state"][0]["momentum_buffer"] *= 2
+                comm.barrier()  # the host's momentum is one for all ranks
+                optimizer.load_state_dict(state)
+            if change == "weights":
+                moved = module.conv.weight
+                moved.data = 2 * moved.data
+                if module is both.modules[1]:
+                    gpu.put(moved.data)
+        both.backward()
+        both.step()
+        both.assert_equal()
+    both.close()
+    comm.close()
+
+
+def test_an_eager_update_follows_memory_that_moves(mocks: Path) -> None:
+    run_mocked(mocks, 2, _follows_memory)
+
+
 def _keeps_masters(rank: int, n: int) -> None:
     gpu = mocked.install()
     comm = par.init(30.0)

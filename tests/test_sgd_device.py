@@ -105,6 +105,66 @@ def test_bits_are_those_of_the_cpu(
         pair.assert_equal()
 
 
+def _doubled_momentum(optimizer: par.SGD, params: list[nn.Parameter], place: Place) -> None:
+    state = optimizer.state[params[1]]
+    state["momentum_buffer"] = 2 * state["momentum_buffer"]
+
+
+def _other_memory(optimizer: par.SGD, params: list[nn.Parameter], place: Place) -> None:
+    params[1].data = 2 * params[1].data
+    if place.mock and place.mock.holds(params[0]):
+        place.mock.put(params[1].data)
+
+
+def _other_order(optimizer: par.SGD, params: list[nn.Parameter], place: Place) -> None:
+    grad = params[2].grad
+    params[2].grad = torch.empty_like(grad, memory_format=torch.channels_last).copy_(grad)
+
+
+def _other_order_of_the_same_memory(
+    optimizer: par.SGD, params: list[nn.Parameter], place: Place
+) -> None:
+    like = params[2].detach().to(memory_format=torch.channels_last)
+    params[2].grad = params[2].grad.as_strided(like.shape, like.stride())
+
+
+def _loaded_weights(optimizer: par.SGD, params: list[nn.Parameter], place: Place) -> None:
+    with torch.no_grad():
+        params[1].mul_(2)
+
+
+CHANGES: dict[str, Any] = {
+    "nothing": lambda *_: None,
+    "state": lambda optimizer, *_: optimizer.state.clear(),
+    "momentum": _doubled_momentum,
+    "weights": _other_memory,
+    "loaded": _loaded_weights,
+    "order": _other_order,
+    "strides": _other_order_of_the_same_memory,
+    "none": lambda _, params, __: setattr(params[0], "grad", None),
+    "plain": lambda optimizer, *_: optimizer.param_groups[0].update(momentum=0.0, nesterov=False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kept", [False, True], ids=["float32", "masters"])
+def test_what_changes_between_steps_counts(place: Place, change: str, kept: bool) -> None:
+    """Gradients stay where they are, as in buckets: then a step looks only for what has moved."""
+    pair = Pair(place, torch.bfloat16 if kept else torch.float32, master_weights=kept)
+    pair.gradients(0)
+    for step in range(6):
+        if step == 3:
+            for optimizer, params in zip(pair.optimizers, pair.params, strict=True):
+                CHANGES[change](optimizer, params, place)
+        for grads in zip(*([p.grad for p in params] for params in pair.params), strict=True):
+            if grads[0] is not None:
+                fresh = torch.randn(grads[0].shape)
+                for grad in grads:
+                    grad.copy_(fresh)
+        pair.step(0.1)
+        pair.assert_equal()
+
+
 @pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_an_overflow_touches_nothing_and_scaled_gradients_are_divided(
     place: Place, settings: dict[str, Any]
