@@ -21,12 +21,19 @@ from pyallreduce import _core, gpu
 ROOT = Path(__file__).parent.parent
 CPP = ROOT / "tests" / "cpp"
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-# Library: its sources and macros (tests/cpp/CMakeLists.txt builds the same).
+# Library: its objects. Object: its source and macros. (tests/cpp/CMakeLists.txt builds the same.)
 MOCKS = {
-    "nccl_mock": (["cuda.cc", "nccl.cc"], []),
-    "nccl_plain": (["cuda.cc", "nccl.cc"], ["-DMOCK_WITHOUT_OPTIONAL"]),
-    "nccl_old": (["nccl_version_only.cc"], ["-DMOCK_VERSION=21403"]),
-    "nccl_hollow": (["nccl_version_only.cc"], ["-DMOCK_VERSION=23007"]),
+    "nccl_mock": ["cuda", "nccl"],
+    "nccl_plain": ["cuda", "nccl_plain"],
+    "nccl_old": ["nccl_old"],
+    "nccl_hollow": ["nccl_hollow"],
+}
+OBJECTS = {
+    "cuda": ("cuda.cc", []),
+    "nccl": ("nccl.cc", []),
+    "nccl_plain": ("nccl.cc", ["-DMOCK_WITHOUT_OPTIONAL"]),
+    "nccl_old": ("nccl_version_only.cc", ["-DMOCK_VERSION=21403"]),
+    "nccl_hollow": ("nccl_version_only.cc", ["-DMOCK_VERSION=23007"]),
 }
 
 
@@ -40,12 +47,14 @@ def compile_cpp(*arguments: str | Path) -> None:
 
 def build_mocks(folder: Path) -> Path:
     def build(name: str) -> None:
-        sources, macros = MOCKS[name]
-        files = [CPP / "mock" / source for source in sources]
-        compile_cpp("-fPIC", "-shared", *macros, *files, "-o", folder / f"lib{name}.so")
+        source, macros = OBJECTS[name]
+        compile_cpp("-fPIC", "-c", *macros, CPP / "mock" / source, "-o", folder / f"{name}.o")
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(build, MOCKS))
+        list(pool.map(build, OBJECTS))
+    for library, objects in MOCKS.items():
+        files = [folder / f"{name}.o" for name in objects]
+        compile_cpp("-shared", *files, "-o", folder / f"lib{library}.so")
     return folder
 
 

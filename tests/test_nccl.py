@@ -6,6 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,27 @@ def core_library() -> Path:
     return found[-1]
 
 
+PROGRAMS = ["nccl_hierarchy", "nccl", "device_side", "device"]
+
+
+@pytest.fixture(scope="module")
+def binaries(mocks: Path) -> Iterator[dict[str, Future[Path]]]:
+    """Of PROGRAMS; while one runs, which is mostly waiting, the compiler is at work on the others."""
+    core = core_library()
+
+    def build(program: str) -> Path:
+        compile_cpp(CPP / f"{program}.cpp", core, "-ldl", "-o", mocks / program)
+        return mocks / program
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {program: pool.submit(build, program) for program in PROGRAMS}
+
+
 @pytest.mark.deadline(240)
-@pytest.mark.parametrize("program", ["device", "device_side", "nccl", "nccl_hierarchy"])
-def test_program(program: str, mocks: Path) -> None:
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program(program: str, mocks: Path, binaries: dict[str, Future[Path]]) -> None:
     """The tests in C++ also run under the sanitizers (`make sanitize`); here, without them, always."""
-    binary = mocks / program
-    compile_cpp(CPP / f"{program}.cpp", core_library(), "-ldl", "-o", binary)
+    binary = binaries[program].result()
     env = {**PLAIN_ENV, "TMPDIR": str(mocks)}
     result = subprocess.run([binary], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -192,6 +192,20 @@ void on_ranks(const Cluster& cluster, const std::function<void(int)>& body) {
   on_threads(cluster.size(), body);
 }
 
+// What mostly waits: all at the same time, each in a process of its own, for a process has one
+// mock. Only from a process without threads.
+void at_once(const std::vector<std::function<void()>>& scenarios) {
+#if defined(__SANITIZE_THREAD__)  // which sees the threads of one process only
+  for (const auto& scenario : scenarios) scenario();
+#else
+  const auto statuses = in_processes(static_cast<int>(scenarios.size()), [&](int i) {
+    give_up_after(120);
+    scenarios[size_t(i)]();
+  });
+  for (const int status : statuses) CHECK(ended_well(status));
+#endif
+}
+
 // Small integers: the sum over 32 ranks is exact in 8 bits.
 int input_of(int rank, size_t elem, uint64_t call) {
   return static_cast<int>((elem * 7 + static_cast<size_t>(rank) * 5 + call * 3) % 8);
@@ -284,13 +298,17 @@ void every_shape_is_exact() {
 }
 
 // Several pieces in every phase; late devices.
+void every_size_is_exact(Wire wire) {
+  for (const size_t leaders_up_to_bytes : {kAlwaysSharded, kAlwaysLeaders})
+    collectives_are_exact(Cluster({2, 2}, wire), leaders_up_to_bytes, {0, 1, 7, 70001}, 3e-4);
+  collectives_are_exact(Cluster({3, 1, 2}, wire), 0, {0, 1, 7, 20011}, 3e-4);
+  collectives_are_exact(Cluster({1, 2}, wire), 0, {5}, 1e-3);
+}
+
 void every_size_is_exact() {
-  for (const Wire wire : {Wire::kNccl, Wire::kSharedMemory, Wire::kMessages}) {
-    for (const size_t leaders_up_to_bytes : {kAlwaysSharded, kAlwaysLeaders})
-      collectives_are_exact(Cluster({2, 2}, wire), leaders_up_to_bytes, {0, 1, 7, 70001}, 3e-4);
-    collectives_are_exact(Cluster({3, 1, 2}, wire), 0, {0, 1, 7, 20011}, 3e-4);
-    collectives_are_exact(Cluster({1, 2}, wire), 0, {5}, 1e-3);
-  }
+  at_once({[] { every_size_is_exact(Wire::kNccl); },
+           [] { every_size_is_exact(Wire::kSharedMemory); },
+           [] { every_size_is_exact(Wire::kMessages); }});
 }
 
 // The device is far behind the host when a larger collective needs more scratch.
@@ -414,14 +432,17 @@ void a_late_device_is_named(const Cluster& cluster, size_t leaders_up_to_bytes, 
 }
 
 void late_devices_are_named() {
-  for (const int late : {0, 3}) {  // a leader, and none
-    a_late_device_is_named(Cluster({2, 2}), kAlwaysSharded, late, {Obstacle::kLocal, 1});
-    a_late_device_is_named(Cluster({2, 2}), kAlwaysSharded, late, {Obstacle::kAcross, 1});
-    a_late_device_is_named(Cluster({2, 2}), kAlwaysSharded, late, {Obstacle::kLocal, 2});
-    a_late_device_is_named(Cluster({1, 2, 2}), kAlwaysLeaders, late, {Obstacle::kLocal, 1});
-    a_late_device_is_named(Cluster({1, 2, 2}), kAlwaysLeaders, late, {Obstacle::kLocal, 2});
-  }
-  a_late_device_is_named(Cluster({2, 3}), kAlwaysLeaders, 0, {Obstacle::kAcross, 1});
+  const auto late_in = [](std::vector<int> sizes, size_t leaders_up_to_bytes, int late,
+                          Obstacle obstacle) -> std::function<void()> {
+    return [=] { a_late_device_is_named(Cluster(sizes), leaders_up_to_bytes, late, obstacle); };
+  };
+  for (const int late : {0, 3})  // a leader, and none
+    at_once({late_in({2, 2}, kAlwaysSharded, late, {Obstacle::kLocal, 1}),
+             late_in({2, 2}, kAlwaysSharded, late, {Obstacle::kAcross, 1}),
+             late_in({2, 2}, kAlwaysSharded, late, {Obstacle::kLocal, 2}),
+             late_in({1, 2, 2}, kAlwaysLeaders, late, {Obstacle::kLocal, 1}),
+             late_in({1, 2, 2}, kAlwaysLeaders, late, {Obstacle::kLocal, 2})});
+  at_once({late_in({2, 3}, kAlwaysLeaders, 0, {Obstacle::kAcross, 1})});
 }
 
 #if !defined(__SANITIZE_THREAD__)  // which sees the threads of one process only
@@ -481,16 +502,18 @@ void a_death_is_named(const Cluster& cluster, size_t leaders_up_to_bytes, int vi
 }
 
 void deaths_are_named() {
-  for (const int phase : {1, 2, 3}) {
-    a_death_is_named(Cluster({2, 2}), kAlwaysSharded, 0, phase);
-    a_death_is_named(Cluster({2, 2}), kAlwaysSharded, 3, phase);
-    a_death_is_named(Cluster({2, 3}), kAlwaysLeaders, 2, phase);
-  }
-  for (const int phase : {1, 2}) {
-    a_death_is_named(Cluster({2, 3}), kAlwaysLeaders, 4, phase);
-    a_death_is_named(Cluster({2, 2}, Wire::kSharedMemory), kAlwaysSharded, 3, phase);
-    a_death_is_named(Cluster({2, 3}, Wire::kSharedMemory), kAlwaysLeaders, 0, phase);
-  }
+  const auto death_in = [](std::vector<int> sizes, Wire wire, size_t leaders_up_to_bytes,
+                           int victim, int phase) -> std::function<void()> {
+    return [=] { a_death_is_named(Cluster(sizes, wire), leaders_up_to_bytes, victim, phase); };
+  };
+  for (const int phase : {1, 2, 3})
+    at_once({death_in({2, 2}, Wire::kNccl, kAlwaysSharded, 0, phase),
+             death_in({2, 2}, Wire::kNccl, kAlwaysSharded, 3, phase),
+             death_in({2, 3}, Wire::kNccl, kAlwaysLeaders, 2, phase)});
+  for (const int phase : {1, 2})
+    at_once({death_in({2, 3}, Wire::kNccl, kAlwaysLeaders, 4, phase),
+             death_in({2, 2}, Wire::kSharedMemory, kAlwaysSharded, 3, phase),
+             death_in({2, 3}, Wire::kSharedMemory, kAlwaysLeaders, 0, phase)});
 }
 
 #endif
@@ -502,10 +525,11 @@ int main() {
 #if !defined(__SANITIZE_THREAD__)
   deaths_are_named();
 #endif
+  late_devices_are_named();
   every_size_is_exact();
+  // From here on with threads of its own: the mock's.
   every_shape_is_exact();
   scratch_is_kept_until_the_device_has_passed_it();
   averages_are_refused_before_anything_is_sent();
   for (const Wire wire : {Wire::kNccl, Wire::kSharedMemory}) mismatches_are_everyones(wire);
-  late_devices_are_named();
 }
