@@ -178,7 +178,7 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node=4",
+        "--nproc-per-node=3",
     )
     assert result.returncode != 0
     assert "SIGKILL" in result.stderr
@@ -190,6 +190,6 @@ def test_mpirun_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip("no mpiexec beside python: pip install mpich")
-    result, left = run_and_die(tmp_path / "dies.py", str(mpiexec), "-n", "4", sys.executable)
+    result, left = run_and_die(tmp_path / "dies.py", str(mpiexec), "-n", "3", sys.executable)
     assert result.returncode != 0
     assert not left
