@@ -54,7 +54,7 @@ class Plan:
 REAL = Plan(
     "cuda", "nccl", (32, 256), 224, warmup=8, blocks=7, steps=10, bf16=True, model="resnet50"
 )
-DRY = Plan("cpu", "gloo", (4,), 64, warmup=1, blocks=1, steps=1, bf16=False, model="resnet18")
+DRY = Plan("cpu", "gloo", (4,), 32, warmup=1, blocks=1, steps=1, bf16=False, model="resnet18")
 
 
 # --- one way of training ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ hold the same bits and the gradients are those of one process. ``--dry-run``: a 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -175,9 +176,7 @@ def main() -> int:
     if given.rank is not None:
         run_rank(given.rank, given.device, given.folder)
         return 0
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("torchvision") is None:  # not imported: only the ranks need it
         skip("no torchvision, where ResNet-50 comes from")
     device = "cpu" if given.dry_run else "cuda"
     arguments = ["-m", "benchmarks.gpu.two_ranks", "--device", device]
