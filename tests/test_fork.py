@@ -393,6 +393,7 @@ def parent_of_ranks(rank: int, n: int, path: str, method: str) -> None:
     if rank == 0:
         mp.current_process()._config["daemon"] = False  # or it may have no children
         context: Any = mp.get_context(method)
+        context.set_forkserver_preload(["torch"])  # not all that the tests' own server has
         words = "parent process" if method == "fork" else "pickle"
         children = [
             context.Process(target=own_ranks, args=(r, 2, path, comm, words)) for r in range(2)
