@@ -74,6 +74,7 @@ class RankPool:
             "MASTER_PORT": str(ranks.free_port_pair()),
             "OMP_NUM_THREADS": "1",
         }
+        ranks.ensure_server()
         for rank in range(self.size):
             mine, theirs = ranks._context.Pipe()
             marks = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -13,14 +13,29 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = mp.get_context("forkserver")
-# torch._dynamo: imported by the first optimizer of a process, two seconds that the children share this way.
-_context.set_forkserver_preload(
-    ["numpy", "torch", "torch._dynamo", "pyallreduce", "pyallreduce.aggregator", "ranks"]
-)
+_context.set_forkserver_preload(["preloaded", "ranks"])
+
+
+def ensure_server() -> None:
+    """Starts the fork server, if need be, so that it finds our modules: before Python 3.13 by PYTHONPATH alone.
+
+    What it does not find it goes without, in silence.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [os.path.dirname(os.path.abspath(__file__)), before])
+    )
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass
@@ -67,6 +82,7 @@ def outcomes_of(
         "OMP_NUM_THREADS": "1",
         **(env or {}),
     }
+    ensure_server()
     processes, pipes = [], []
     for rank in range(n):
         mine, theirs = _context.Pipe(duplex=False)
