@@ -401,6 +401,14 @@ class Meeting:
             except (ConnectionRefusedError, BlockingIOError):
                 time.sleep(0.001)
 
+    def await_rank(self) -> None:
+        """Until one has connected, and had the time for its hello."""
+        deadline = time.monotonic() + 20
+        while Path("/proc/net/unix").read_text().count(f"@{self.name}") < 2:  # the first listens
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+
     def hello(
         self, rank: int, token: str | None = None, size: int | None = None, magic: int = 0x70796172
     ) -> bytes:
@@ -479,6 +487,7 @@ def test_a_missing_local_rank_0_is_named() -> None:
 def test_a_rank_that_ends_while_others_are_awaited_is_named_at_once(lifeline: int) -> None:
     meeting = Meeting(4)  # its 20 s do not pass: rank 3 never comes
     meeting.start(0, 2)
+    meeting.await_rank()  # or rank 0 would be gone before rank 2 looks for it
     with meeting.connect() as rank_1:
         socket.send_fds(rank_1, [meeting.hello(1)], [lifeline])
     for outcome in meeting.end().values():
