@@ -347,6 +347,24 @@ def test_compare_groups_runs_by_all_but_the_seed(three_groups, capsys):
     assert column(runs, "run") == ["base-0", "base-1", "base-2", "large-0", "large-1", "short"]
 
 
+def test_compare_gives_its_numbers_to_programs(three_groups, capsys):
+    base, out = three_groups / "base-1", three_groups / "page.html"
+    flags = ["--baseline", str(base), "--out", str(out), "--json"]
+    assert main(["compare", str(three_groups), *flags]) == 0
+    first, second, third = json.loads(capsys.readouterr().out)["groups"]
+    assert out.exists()
+    assert [g["label"] for g in (first, second, third)] == ["lr 0.05", "lr 0.2", "lr 0.4"]
+    assert [g["is_baseline"] for g in (first, second, third)] == [True, False, False]
+    assert [g["error"] for g in (first, second, third)] == [2.0, 4.5, None]
+    assert second["deviation"] == pytest.approx(0.5**0.5)
+    assert [(r["seed"], r["error"], r["train_error"]) for r in second["runs"]] == [
+        (0, 4.0, 5.0),
+        (1, 5.0, 6.0),
+    ]
+    assert [r["error"] for r in third["runs"]] == [None]  # it has not all its epochs
+    assert first["runs"][0]["command"] == ENVIRONMENT["command"]
+
+
 def test_differences_are_in_deviations_of_the_baseline(tmp_path):
     runs = [
         make_run(tmp_path / f"{lr}-{seed}", [50.0, *[error] * 7], seed=seed, lr=lr)

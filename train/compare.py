@@ -7,6 +7,7 @@ table with mean and deviation.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -87,21 +88,25 @@ def main(argv: Sequence[str]) -> int:
         default=Path("comparison.html"),
         help="page to write (default: %(default)s)",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print the groups and their errors as one JSON object"
+    )
     given = parser.parse_args(argv)
     try:
-        write(given.runs, given.baseline, given.out)
+        found = write(given.runs, given.baseline, given.out)
     except OSError as error:
         raise UsageError(f"--out: {given.out} cannot be written ({error.strerror})") from None
-    print(given.out)
+    print(json.dumps(numbers(found)) if given.json else given.out)
     return 0
 
 
-def write(runs: Sequence[Path], baseline: Sequence[Path], out: Path) -> None:
+def write(runs: Sequence[Path], baseline: Sequence[Path], out: Path) -> list[Group]:
     """The page about these runs, or directories of runs. UsageError when one is neither."""
     first = [run.resolve() for path in baseline for run in directories(path)]
     others = [run.resolve() for path in runs for run in directories(path)]
     found = groups([Records.read(run) for run in dict.fromkeys([*first, *others])], first)
     page.write(out, html(found, pictures(found)))
+    return found
 
 
 def directories(path: Path) -> list[Path]:
@@ -230,6 +235,37 @@ def final_errors(found: Sequence[Group]) -> tuple[list[str], list[list[str | Non
         ]
         rows.append(row)
     return headers, rows
+
+
+def numbers(found: Sequence[Group]) -> dict[str, Any]:
+    """The table of final errors for programs, with the command and machine of every run."""
+    return {
+        "schema": 1,
+        "groups": [
+            {
+                "label": group.label,
+                "is_baseline": group.is_baseline,
+                "minibatch": group.runs[0].derived["minibatch"],
+                "peak_lr": group.runs[0].derived["schedule"]["peak"],
+                "iterations": group.runs[0].total,
+                "error": group.mean,
+                "deviation": group.deviation,
+                "runs": [
+                    {
+                        "seed": run.config["seed"],
+                        "error": run.error if run.is_whole else None,
+                        "train_error": run.epochs[-1]["train_error"] if run.epochs else None,
+                        "status": run.status,
+                        **{
+                            k: run.environment.get(k) for k in ("command", "commit", "cpu", "cores")
+                        },
+                    }
+                    for run in group.runs
+                ],
+            }
+            for group in found
+        ],
+    }
 
 
 def remarks(found: Sequence[Group]) -> list[str]:
