@@ -424,6 +424,20 @@ def test_where_and_how_a_run_was_started_makes_no_group(tmp_path):
     assert [len(group.runs) for group in found] == [2, 1]
 
 
+def test_long_labels_stay_in_the_picture(tmp_path):
+    """Groups that differ in much: three columns of such labels are wider than the figure."""
+    for i in range(4):
+        values = {"virtual_workers": i + 1, "lr": 0.01 * (i + 1), "momentum": 0.1 * (i + 1)}
+        make_run(tmp_path / str(i), [9.0] * 8, **values, warmup_epochs=i, weight_decay=0.1 * i)
+    found = compare.groups([Records.read(run) for run in sorted(tmp_path.iterdir())], [])
+    for figure, _ in compare_plots.of_groups(found)[:3]:
+        plots.png(figure)
+        (legend,) = figure.legends
+        assert len(legend.get_texts()) == 4
+        assert legend.get_window_extent().x0 >= 0
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_groups_differ_in_more_than_colour(three_groups):
     found = compare.groups([Records.read(p.parent) for p in three_groups.glob("*/config.json")], [])
     looks = compare_plots.styles(found)

@@ -189,8 +189,12 @@ def band(axes: Axes, group: Group, points: Callable[[Records], Points], style: S
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below all panels: labels are as long as what differs."""
+    """Below all panels: labels are as long as what differs, so as many columns as they leave room for."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False
-    )
+    for ncols in range(min(3, len(names)), 0, -1):
+        legend = figure.legend(
+            handles, names, loc="outside lower center", ncols=ncols, frameon=False
+        )
+        if legend.get_window_extent().width <= figure.bbox.width or ncols == 1:
+            return
+        legend.remove()
