@@ -16,8 +16,9 @@ CONFIGURE = $(BIN)/cmake -G Ninja -S . --log-level=WARNING -DCMAKE_MAKE_PROGRAM=
 train: $(VENV)/.installed
 	$(BIN)/python -m train classify --preset digits --nproc 2
 
+# Files side by side, one per core: most tests wait. In the order of their names, not by their number of tests.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The whole fault matrix, twice, with detection times: about 20 minutes. `make test` runs a pairwise sample.
 chaos: $(VENV)/.installed
