@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import pyallreduce as par
 from train import data, models
 from train.config import Config, parse
 from train.data.files import Files
-from train.data.images import Draw
+from train.data.images import Draw, normalised, requests
 from train.data.sources import Folder
 from train.precision import Precision, choose_device, wide
 
@@ -81,21 +81,18 @@ OURS = "this trainer"
 
 
 def _loaders(cfg: Config, dataset: data.Dataset) -> dict[str, Callable[[], Iterable[int]]]:
-    """By name: what starts a loader that yields the sizes of its batches, epoch after epoch."""
+    """By name: what starts a loader that yields the sizes of its batches, without end. Epochs follow
+    each other in the same worker processes: their start is lost in an epoch of thousands of batches,
+    and would be most of the time in one of dozens."""
 
     def ours() -> Iterator[int]:
         steps = range(data.steps_per_epoch(len(dataset.train), cfg.batch_size))
-        for epoch in count():
-            for _, labels in data.batches(
-                dataset.train,
-                seed=cfg.seed,
-                epoch=epoch,
-                workers=(0,),
-                k=1,
-                batch_size=cfg.batch_size,
-                steps=steps,
-            ):
-                yield len(labels)
+        asked = chain.from_iterable(
+            requests(dataset.train, Draw(cfg.seed, epoch), (0,), 1, cfg.batch_size, steps)
+            for epoch in count()
+        )
+        for _, labels in normalised(dataset.train, asked, torch.device("cpu")):
+            yield len(labels)
 
     loaders: dict[str, Callable[[], Iterable[int]]] = {OURS: ours}
     if isinstance(dataset.train, Files) and isinstance(dataset.train.source, Folder):
@@ -118,14 +115,12 @@ def _plain(cfg: Config, train: Any, with_pillow: bool) -> Iterator[int]:
     batches: Any = torch.utils.data.DataLoader(
         images,
         cfg.batch_size,
-        shuffle=True,
-        drop_last=True,
+        sampler=torch.utils.data.RandomSampler(images, replacement=True, num_samples=2**40),
         num_workers=train.loading.workers,
         prefetch_factor=train.loading.ahead if train.loading.workers else None,
     )
-    while True:
-        for _, labels in batches:
-            yield len(labels)
+    for _, labels in batches:
+        yield len(labels)
 
 
 def _torchvision_image(path: str) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import dataclasses
 import logging
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import pyallreduce as par
 from train.data.decode import Decoder, Unreadable
-from train.data.images import UNREADABLE, Draw, Loaded, Normalisation, Request
+from train.data.images import UNREADABLE, Draw, Loaded, Normalisation, Request, one_thread
 from train.data.sources import Source
 from train.data.transforms import Transform
 
@@ -75,7 +74,7 @@ class Files(Dataset[Loaded]):
         pixels = torch.empty((len(request.ids), *self.transform.shape), dtype=torch.uint8)
         labels = torch.empty(len(request.ids), dtype=torch.int64)
         unreadable: list[str] = []
-        with _one_thread():
+        with one_thread():
             for slot, image in enumerate(request.ids.tolist()):
                 labels[slot] = self._fill(pixels[slot], image, request.draw, unreadable)
         return Loaded(pixels, labels, tuple(unreadable))
@@ -157,17 +156,6 @@ def _close_all() -> None:
     """At exit. Python would send its children SIGTERM, which ours outlive, and wait for them."""
     for answers in list(_open):
         answers.close()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One image is too little for several, which mostly wait for each other; workers have one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +57,7 @@ class Normalisation:
         mean, std = (
             torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std)
         )
-        return (pixels - mean).div_(std)  # conversion and subtraction are one pass
+        return pixels.to(torch.float32).sub_(mean).div_(std)  # three fast passes beat a mixed one
 
 
 class Part(Protocol):
@@ -132,13 +133,18 @@ def batches(
 ) -> Batches:
     """(pixels, labels) of each of this process's logical workers, of k in all, in turn, in each of
     those iterations of the epoch. At most `batch_size` images; none for an empty part."""
-    permutation = order.permutation(seed, epoch, len(images))
-    requests = (
-        Request(order.part(permutation, step, batch_size * k, worker, k), Draw(seed, epoch))
-        for step in steps
-        for worker in workers
-    )
-    return _normalised(images, requests, device)
+    asked = requests(images, Draw(seed, epoch), workers, k, batch_size, steps)
+    return normalised(images, asked, device)
+
+
+def requests(
+    images: Part, draw: Draw, workers: Sequence[int], k: int, batch_size: int, steps: range
+) -> Iterator[Request]:
+    """What `batches` loads."""
+    permutation = order.permutation(draw.seed, draw.epoch, len(images))
+    for step in steps:
+        for worker in workers:
+            yield Request(order.part(permutation, step, batch_size * k, worker, k), draw)
 
 
 def evaluation_batches(
@@ -149,19 +155,37 @@ def evaluation_batches(
     An image that cannot be read, where that is allowed, has the label UNREADABLE.
     """
     ids = order.evaluation_part(len(images), rank, size)
-    requests = (
+    asked = (
         Request(ids[first : first + batch_size], None) for first in range(0, len(ids), batch_size)
     )
-    return _normalised(images, requests, device)
+    return normalised(images, asked, device)
 
 
-def _normalised(images: Part, requests: Iterator[Request], device: torch.device) -> Batches:
+def normalised(images: Part, asked: Iterator[Request], device: torch.device) -> Batches:
+    """The answers, as the model takes them."""
     cuda = device.type == "cuda"
-    loaded = images.load(requests, pin_memory=cuda)
+    loaded = images.load(asked, pin_memory=cuda)
     normalise = images.normalisation or _identity
     if cuda:
         return _one_ahead(loaded, normalise, device)
-    return ((normalise(b.pixels.to(device)), b.labels.to(device)) for b in loaded)
+    return ((_alone(normalise, b.pixels), b.labels) for b in loaded)
+
+
+def _alone(normalise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Several threads would wait for cores that the loader's processes use: a fifth slower in all."""
+    with one_thread():
+        return normalise(pixels)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Little work for several, which mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _one_ahead(
