@@ -56,9 +56,9 @@ class Updater(ABC):
         self.gradients_are_zero = False  # a pass has consumed them, and nothing came since
 
     def attach(self) -> None:
-        """Pairs with detach(). Last in construction, which may fail."""
-        self._optimizer._eager = self
+        """Pairs with detach(). Last in construction, which may fail and then leaves the optimizer free."""
         self.adopt_momentum()
+        self._optimizer._eager = self
 
     @abstractmethod
     def submit(self, bucket: Bucket, layout: int, subject: str) -> Any:

@@ -323,6 +323,12 @@ def _wrong_use(rank: int, n: int) -> None:
         par.GradientAggregator(
             module, comm, optimizer=optimizer, update="eager", share_parameters=True
         )
+    state = optimizer.state[module.head.weight]
+    state["momentum_buffer"] = torch.zeros(3)
+    with pytest.raises(par.UsageError, match="another model"):
+        par.GradientAggregator(module, comm, optimizer=optimizer, update="eager")
+    del state["momentum_buffer"]  # and the optimizer is as free as before
+    par.GradientAggregator(module, comm, optimizer=optimizer, update="eager").close()
     both = Twice(comm, gpu, update="eager")
     both.backward()
     with pytest.raises(par.UsageError, match="second backward"):

@@ -128,6 +128,11 @@ def _other_order_of_the_same_memory(
     params[2].grad = params[2].grad.as_strided(like.shape, like.stride())
 
 
+def _other_group(optimizer: par.SGD, params: list[nn.Parameter], place: Place) -> None:
+    moved = optimizer.param_groups[0]["params"].pop()
+    optimizer.param_groups[1]["params"].insert(0, moved)
+
+
 def _loaded_weights(optimizer: par.SGD, params: list[nn.Parameter], place: Place) -> None:
     with torch.no_grad():
         params[1].mul_(2)
@@ -139,6 +144,7 @@ CHANGES: dict[str, Any] = {
     "momentum": _doubled_momentum,
     "weights": _other_memory,
     "loaded": _loaded_weights,
+    "group": _other_group,
     "order": _other_order,
     "strides": _other_order_of_the_same_memory,
     "none": lambda _, params, __: setattr(params[0], "grad", None),

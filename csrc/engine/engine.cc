@@ -175,6 +175,7 @@ void Engine::work_loop() {
 
 void Engine::close(const std::function<void()>& interrupt, const std::function<void()>& end_calls) {
   if (is_forked_child()) return;
+  // An interrupt is obeyed within a slice; what outlasts several hangs in a call.
   const double interrupted_s = end_calls ? 5 * kWatchSliceS : 1.0;
   {
     std::unique_lock lock(mutex_);

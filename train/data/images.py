@@ -57,7 +57,8 @@ class Normalisation:
         mean, std = (
             torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std)
         )
-        return pixels.to(torch.float32).sub_(mean).div_(std)  # three fast passes beat a mixed one
+        # A copy, whatever dtype they have; three fast passes beat two of mixed dtypes.
+        return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 class Part(Protocol):
