@@ -99,11 +99,17 @@ $(VENV)/.fuzz: | $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=3'
 	touch $@
 
+# What it needs is gigabytes, and a network may falter: what has arrived lies in pip's cache, the next try goes on there.
+EVERYTHING := 'pyallreduce[train,test,bench,lint]'
+retried = for pause in 10 60 240 end; do $(1) && break; [ $$pause != end ] && sleep $$pause; done
+
 # An editable install: Python files are used where they lie, the extension is rebuilt when its sources change.
+# First ours alone, so that an error of the compiler shows at once.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[train,test,bench,lint]'
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(call retried,$(BIN)/python -m pip install --quiet $(EVERYTHING))
 	touch $@
 
 clean:
