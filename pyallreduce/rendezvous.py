@@ -8,6 +8,7 @@ import re
 import secrets
 import socket
 import stat
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,8 +92,15 @@ def _wait_for_listener(launch: Launch, timeout_s: float) -> None:
     """Torch's store waits, too, but deaf to Ctrl-C."""
 
     def listens() -> bool:
-        with suppress(OSError), socket.create_connection((launch.address, launch.port), 1.0):
-            return True
+        with (
+            suppress(OSError),
+            socket.create_connection((launch.address, launch.port), 1.0) as ours,
+        ):
+            if ours.getsockname() != ours.getpeername():
+                return True
+            # On this host, while nobody listens, TCP joins a socket that was given that very port with itself.
+            # Closed by a reset: the port would else be taken for a minute, and rank 0 could not listen.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return False
 
     if not _wait_until(listens, time.monotonic() + timeout_s):

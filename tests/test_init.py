@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import pyallreduce as par
+from pyallreduce import rendezvous
 from pyallreduce.launch import Launch, detect, first_host
 from ranks import free_port_pair, run_ranks
 
@@ -278,6 +280,27 @@ def test_ranks_that_do_not_come_are_named() -> None:
     with pytest.raises(par.TimeoutError) as raised:
         par.init(store=dist.HashStore(), rank=1, size=4, timeout_s=0.3)
     assert raised.value.peers == (0, 2, 3)
+
+
+def test_a_connection_with_itself_is_not_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gives a connection the very port that it asks for, once in thousands of tries."""
+    connect = socket.create_connection
+    port = free_port_pair()
+    tries: list[socket.socket | dist.Store] = []
+
+    def create_connection(address: tuple[str, int], timeout: float) -> socket.socket:
+        if tries:
+            tries.append(rendezvous.open_store(Launch("torchrun", 0, 2, port=port), 10))
+            return connect(address, timeout)
+        with_itself = connect(address, timeout, source_address=address)
+        assert with_itself.getsockname() == with_itself.getpeername()
+        tries.append(with_itself)
+        return with_itself
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    store = rendezvous.open_store(Launch("torchrun", 1, 2, port=port), 10)
+    store.set("key", "value")
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize(("rank", "size"), [(None, 2), (0, None), (2, 2), (-1, 2)])
