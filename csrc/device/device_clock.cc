@@ -1,5 +1,6 @@
 #include "device/device_clock.h"
 
+#include <limits>
 #include <utility>
 
 #include "base/clock.h"
@@ -22,14 +23,25 @@ Mark DeviceClock::mark(CudaStream stream) {
 
 std::shared_ptr<const Anchor> DeviceClock::anchor() {
   const std::lock_guard lock(mutex_);
-  if (!anchor_ || now_s() > anchor_->at_s + kAnchorHoldsS) {
+  if (!anchor_ || now_s() > anchor_->at_s + kAnchorHoldsS) anchor_ = new_anchor();
+  return anchor_;
+}
+
+// A thread that loses its core between the event and the clock is late by a time slice: the
+// quickest of a few tries.
+std::shared_ptr<const Anchor> DeviceClock::new_anchor() {
+  std::shared_ptr<const Anchor> best;
+  double best_took_s = std::numeric_limits<double>::infinity();
+  for (int tries = 0; tries < kAnchorTries && best_took_s > kAnchorGoodS; ++tries) {
     auto fresh = std::make_shared<Anchor>(cuda_);
+    const double begun_s = now_s();
     fresh->event.record(stream_.get());
     stream_.synchronize();
     fresh->at_s = now_s();
-    anchor_ = std::move(fresh);
+    const double took_s = fresh->at_s - begun_s;
+    if (took_s < best_took_s) best = std::move(fresh), best_took_s = took_s;
   }
-  return anchor_;
+  return best;
 }
 
 }  // namespace pyar

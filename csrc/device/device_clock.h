@@ -39,6 +39,10 @@ class DeviceClock {
  private:
   // Elapsed times are floats, of milliseconds: this long after an anchor they are good to 1 us.
   static constexpr double kAnchorHoldsS = 10.0;
+  static constexpr double kAnchorGoodS = 20e-6;
+  static constexpr int kAnchorTries = 8;
+
+  std::shared_ptr<const Anchor> new_anchor();
 
   const CudaRuntime& cuda_;
   Stream stream_;  // always idle: to synchronise it costs 10 us and waits for nobody
