@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _context = mp.get_context("forkserver")
@@ -47,6 +48,7 @@ class Outcome:
     trace: str = ""
     exitcode: int | None = None
     ended_s: float = 0.0  # time.monotonic()
+    queued_s: float = 0.0
 
 
 def run_ranks(
@@ -102,6 +104,7 @@ def outcomes_of(
         for pipe in ready:
             rank = open_pipes.pop(pipe)
             outcomes[rank].ended_s = time.monotonic()
+            outcomes[rank].queued_s = queued_s(processes[rank].pid)
             try:
                 value, error, outcomes[rank].trace = pickle.loads(pipe.recv_bytes())
             except EOFError:
@@ -141,6 +144,16 @@ def outcomes_of(
             )
         )
     return outcomes
+
+
+def queued_s(pid: int | str = "self") -> float:
+    """How long a process's main thread has been ready while others had the cores; 0 if the kernel does not tell.
+
+    That of a zombie, too: nobody has reaped it yet.
+    """
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
+    return 0.0
 
 
 def free_port_pair() -> int:
