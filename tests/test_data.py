@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -700,6 +701,12 @@ def running(pid: int) -> bool:
         return False
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    mask = re.search(r"^SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert mask is not None
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
 def within(seconds: float, condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -718,6 +725,8 @@ def test_loader_processes_outlive_signals_and_end_with_their_rank(folder):
         assert rank.stdout.readline() == "loading\n"
         workers = workers_of(rank.pid)
         assert len(workers) == 2
+        # The last thing that a worker prepares.
+        assert within(10, lambda: all(ignores(worker, signal.SIGUSR1) for worker in workers))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             for worker in workers:
                 os.kill(worker, number)
