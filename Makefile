@@ -20,7 +20,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# The whole fault matrix, twice, with detection times: about 20 minutes. `make test` runs a pairwise sample.
+# The whole fault matrix, twice, with detection times: 10 minutes. `make test` runs a pairwise sample.
 chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos
 

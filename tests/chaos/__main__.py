@@ -147,6 +147,7 @@ def main() -> int:
         "--results", type=Path, default=RESULTS, help="folder of the figures (%(default)s)"
     )
     options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
 
     log = Log(options.log)
     known = {line["case"] for line in log.lines}
