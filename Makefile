@@ -101,7 +101,8 @@ $(VENV)/.fuzz: | $(VENV)/.installed
 
 # What it needs is gigabytes, and a network may falter: what has arrived lies in pip's cache, the next try goes on there.
 EVERYTHING := 'pyallreduce[train,test,bench,lint]'
-retried = for pause in 10 60 240 end; do $(1) && break; [ $$pause != end ] && sleep $$pause; done
+retried = for pause in 10 60 240 end; do $(1) && break; \
+	[ $$pause != end ] && echo "again in $$pause s" && sleep $$pause; done
 
 # An editable install: Python files are used where they lie, the extension is rebuilt when its sources change.
 # First ours alone, so that an error of the compiler shows at once.
