@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -31,7 +33,7 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow writes the images of the
 from train import data, data_bench, prepare  # noqa: E402
 from train.__main__ import main  # noqa: E402
 from train.config import Config, load_preset  # noqa: E402
-from train.data import agree, decode, files, images, sources  # noqa: E402
+from train.data import agree, decode, files, images, processes, sources  # noqa: E402
 from train.data.transforms import Transform  # noqa: E402
 
 pytestmark = pytest.mark.deadline(120)
@@ -512,7 +514,7 @@ def test_prepare_scales_and_says_so(tmp_path):
     assert prepare.main([*flags, "--max-side", "50", "--quality", "80"]) == 0
     dataset = load(tmp_path / "out")
     assert "longer side at most 50, JPEG quality 80" in dataset.description
-    source = dataset.train.source
+    source = dataset.train.reader.source
     assert {Image.open(io.BytesIO(source.read(i))).size for i in range(len(source.labels))} == {
         (50, 25)
     }
@@ -589,7 +591,7 @@ def test_an_image_may_end_with_its_shard(shards):
     with np.load(shards / sources.INDEX) as index:
         rest = size - int(index["train_offsets"][0])
     rewrite(shards, "train_lengths", with_first(rest))
-    assert len(load(shards).train.source.read(0)) == rest
+    assert len(load(shards).train.reader.source.read(0)) == rest
     rewrite(shards, "train_lengths", with_first(rest + 1))
     with pytest.raises(par.UsageError, match="length"):
         load(shards)
@@ -735,6 +737,40 @@ def test_loader_processes_outlive_signals_and_end_with_their_rank(folder):
         assert within(5, lambda: not any(map(running, workers)))
 
 
+def test_loader_processes_serve_one_epoch_after_the_other(folder):
+    others = set(multiprocessing.active_children())
+
+    def serving() -> set[int | None]:
+        return {child.pid for child in multiprocessing.active_children() if child not in others}
+
+    def batches(of: data.Dataset, epoch: int) -> data.Batches:
+        settings = {"seed": 3, "workers": (0,), "k": 1, "batch_size": 6, "steps": range(4)}
+        return data.batches(of.train, epoch=epoch, **settings)
+
+    dataset, expected = load(folder, workers=2), load(folder, workers=0)
+    # As the trainer does: it knows how many there are, and asks for no more.
+    found = list(itertools.islice(batches(dataset, 0), 4))
+    first = serving()
+    assert same(found, list(batches(expected, 0)))
+    assert len(first) == 2
+
+    assert same(list(batches(dataset, 1)), list(batches(expected, 1)))
+    assert serving() == first
+
+    abandoned = batches(dataset, 2)
+    next(abandoned)
+    assert same(list(batches(dataset, 3)), list(batches(expected, 3)))
+    second = serving() - first
+    assert len(second) == 2  # the first are busy with what is still asked of them
+    del abandoned
+    assert within(5, lambda: serving() == second)
+
+    assert same(list(batches(dataset, 4)), list(batches(expected, 4)))
+    assert serving() == second
+    del dataset
+    assert within(5, lambda: not serving())
+
+
 ENDING = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -757,7 +793,7 @@ def test_a_loader_that_nobody_finished_does_not_hold_up_the_end(folder):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=files.OUTLIVE_SIGTERM_S / 2,  # as long as the workers would have lived
+        timeout=processes.OUTLIVE_SIGTERM_S / 2,  # as long as the workers would have lived
     )
     assert (done.returncode, done.stderr) == (0, "")
 

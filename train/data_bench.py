@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 import pyallreduce as par
 from train import data, models
 from train.config import Config, parse
-from train.data.files import Files
+from train.data.files import Files, Reader
 from train.data.images import Draw, normalised, requests
 from train.data.sources import Folder
 from train.precision import Precision, choose_device, wide
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         precision = Precision(cfg, choose_device(cfg.device, comm))
     print_line = (lambda text: None) if cfg.json else print
     print_line(f"data    {cfg.dataset}: {dataset.description}")
-    stages = _stages(dataset.train) if isinstance(dataset.train, Files) else None
+    stages = _stages(dataset.train.reader) if isinstance(dataset.train, Files) else None
     if stages:
         print_line("image   " + _stages_line(stages))
     rates = _in_turns(_loaders(cfg, dataset), _ahead(dataset))
@@ -95,7 +95,7 @@ def _loaders(cfg: Config, dataset: data.Dataset) -> dict[str, Callable[[], Itera
             yield len(labels)
 
     loaders: dict[str, Callable[[], Iterable[int]]] = {OURS: ours}
-    if isinstance(dataset.train, Files) and isinstance(dataset.train.source, Folder):
+    if isinstance(dataset.train, Files) and isinstance(dataset.train.reader.source, Folder):
         loaders["Pillow"] = lambda: _plain(cfg, dataset.train, with_pillow=True)
         loaders["torchvision"] = lambda: _plain(cfg, dataset.train, with_pillow=False)
     return loaders
@@ -111,7 +111,7 @@ def _plain(cfg: Config, train: Any, with_pillow: bool) -> Iterator[int]:
     floats = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     loader = {} if with_pillow else {"loader": _torchvision_image}
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *floats, normalise])
-    images = ImageFolder(str(train.source.root), transform, **loader)
+    images = ImageFolder(str(train.reader.source.root), transform, **loader)
     batches: Any = torch.utils.data.DataLoader(
         images,
         cfg.batch_size,
@@ -167,18 +167,18 @@ def _images_per_s(sizes: Iterable[int], ahead: int) -> float:
     return images / (time.perf_counter() - started)
 
 
-def _stages(files: Files) -> Rate:
+def _stages(reader: Reader) -> Rate:
     """Milliseconds per image on one core, medians over the first images."""
     times: dict[str, list[float]] = {"read": [], "decode": [], "augment": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for image in range(min(STAGE_IMAGES, len(files))):
+    for image in range(min(STAGE_IMAGES, len(reader))):
         marks = [time.perf_counter()]
-        packed = files.source.read(image)
+        packed = reader.source.read(image)
         marks.append(time.perf_counter())
-        rgb = files.decode(packed)
+        rgb = reader.decode(packed)
         marks.append(time.perf_counter())
-        files.transform(rgb, Draw(0, 0), image)
+        reader.transform(rgb, Draw(0, 0), image)
         marks.append(time.perf_counter())
         for name, begin, end in zip(times, marks, marks[1:], strict=False):
             times[name].append(1e3 * (end - begin))

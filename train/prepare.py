@@ -138,10 +138,11 @@ def _prepare(folders: dict[str, Folder], output: Path, args: Any) -> int:
 
 
 def _readable(folder: Folder, split: str, args: Any) -> Iterator[Prepared]:
-    from train.data.files import in_workers  # torch: --help does without
+    from train.data.processes import Processes  # torch: --help does without
 
     preparation = Preparation(folder, split, args.max_side, args.quality)
-    for image in in_workers(preparation, range(len(folder.labels)), args.workers, ahead=16):
+    processes = Processes(preparation, args.workers, ahead=16)
+    for image in processes.answers(range(len(folder.labels))):
         if image.error:
             print(f"cannot read the image {image.error}", file=sys.stderr, flush=True)
         else:

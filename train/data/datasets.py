@@ -291,7 +291,7 @@ def _decoded(source: Source, size: int, choice: str) -> tuple[Tensor, Tensor]:
 def _from_disk(cfg: Config, opened: Opened, processes: int) -> Dataset:
     """Photographs: the paper's augmentation and evaluation, by worker processes."""
     try:
-        from train.data.files import Files, Loading
+        from train.data.files import Files, Loading, Reader
         from train.data.transforms import IMAGENET, Transform
     except ImportError as error:
         raise UsageError(
@@ -306,7 +306,8 @@ def _from_disk(cfg: Config, opened: Opened, processes: int) -> Dataset:
     )
     transform = Transform(cfg.image_size, cfg.eval_resize, cfg.color_jitter, cfg.augment)
     train, test = (
-        Files(source, decode, transform, IMAGENET, loading) for source in (opened.train, opened.val)
+        Files(Reader(source, decode, transform), IMAGENET, loading)
+        for source in (opened.train, opened.val)
     )
     num_classes = len(opened.train.classes)
     return Dataset(
