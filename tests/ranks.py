@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+SAMPLE_S = 0.1
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["preloaded", "ranks"])
 
@@ -48,7 +49,7 @@ class Outcome:
     trace: str = ""
     exitcode: int | None = None
     ended_s: float = 0.0  # time.monotonic()
-    queued_s: float = 0.0
+    queued_s: float = 0.0  # in its life without the last SAMPLE_S: it is reaped at once
 
 
 def run_ranks(
@@ -99,19 +100,17 @@ def outcomes_of(
     outcomes = [Outcome() for _ in range(n)]
     give_up_at = time.monotonic() + deadline_s
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
-    while open_pipes:
-        ready = wait(list(open_pipes), timeout=max(0.0, give_up_at - time.monotonic()))
-        for pipe in ready:
+    while open_pipes and time.monotonic() < give_up_at:
+        for rank in open_pipes.values():
+            outcomes[rank].queued_s = max(outcomes[rank].queued_s, queued_s(processes[rank].pid))
+        for pipe in wait(list(open_pipes), timeout=SAMPLE_S):
             rank = open_pipes.pop(pipe)
             outcomes[rank].ended_s = time.monotonic()
-            outcomes[rank].queued_s = queued_s(processes[rank].pid)
             try:
                 value, error, outcomes[rank].trace = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 continue
             outcomes[rank].value, outcomes[rank].error = value, error
-        if not ready:
-            break
     late = sorted(open_pipes.values())
     # Their stacks, to stderr; then the end of what we have started, and of nothing else.
     for rank in late:
@@ -147,10 +146,7 @@ def outcomes_of(
 
 
 def queued_s(pid: int | str = "self") -> float:
-    """How long a process's main thread has been ready while others had the cores; 0 if the kernel does not tell.
-
-    That of a zombie, too: nobody has reaped it yet.
-    """
+    """How long a process's main thread has been ready while others had the cores; 0 if nobody tells."""
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
     return 0.0

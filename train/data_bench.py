@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import pyallreduce as par
 from train import data, models
 from train.config import Config, parse
 from train.data.files import Files, Reader
-from train.data.images import Draw, normalised, requests
+from train.data.images import Draw, one_thread
 from train.data.sources import Folder
 from train.precision import Precision, choose_device, wide
 
@@ -81,18 +81,21 @@ OURS = "this trainer"
 
 
 def _loaders(cfg: Config, dataset: data.Dataset) -> dict[str, Callable[[], Iterable[int]]]:
-    """By name: what starts a loader that yields the sizes of its batches, without end. Epochs follow
-    each other in the same worker processes: their start is lost in an epoch of thousands of batches,
-    and would be most of the time in one of dozens."""
+    """By name: what starts a loader that yields the sizes of its batches, epoch after epoch."""
 
     def ours() -> Iterator[int]:
         steps = range(data.steps_per_epoch(len(dataset.train), cfg.batch_size))
-        asked = chain.from_iterable(
-            requests(dataset.train, Draw(cfg.seed, epoch), (0,), 1, cfg.batch_size, steps)
-            for epoch in count()
-        )
-        for _, labels in normalised(dataset.train, asked, torch.device("cpu")):
-            yield len(labels)
+        for epoch in count():
+            for _, labels in data.batches(
+                dataset.train,
+                seed=cfg.seed,
+                epoch=epoch,
+                workers=(0,),
+                k=1,
+                batch_size=cfg.batch_size,
+                steps=steps,
+            ):
+                yield len(labels)
 
     loaders: dict[str, Callable[[], Iterable[int]]] = {OURS: ours}
     if isinstance(dataset.train, Files) and isinstance(dataset.train.reader.source, Folder):
@@ -115,12 +118,15 @@ def _plain(cfg: Config, train: Any, with_pillow: bool) -> Iterator[int]:
     batches: Any = torch.utils.data.DataLoader(
         images,
         cfg.batch_size,
-        sampler=torch.utils.data.RandomSampler(images, replacement=True, num_samples=2**40),
+        shuffle=True,
+        drop_last=True,
         num_workers=train.loading.workers,
+        persistent_workers=train.loading.workers > 0,  # as ours are
         prefetch_factor=train.loading.ahead if train.loading.workers else None,
     )
-    for _, labels in batches:
-        yield len(labels)
+    while True:
+        for _, labels in batches:
+            yield len(labels)
 
 
 def _torchvision_image(path: str) -> torch.Tensor:
@@ -170,19 +176,17 @@ def _images_per_s(sizes: Iterable[int], ahead: int) -> float:
 def _stages(reader: Reader) -> Rate:
     """Milliseconds per image on one core, medians over the first images."""
     times: dict[str, list[float]] = {"read": [], "decode": [], "augment": []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for image in range(min(STAGE_IMAGES, len(reader))):
-        marks = [time.perf_counter()]
-        packed = reader.source.read(image)
-        marks.append(time.perf_counter())
-        rgb = reader.decode(packed)
-        marks.append(time.perf_counter())
-        reader.transform(rgb, Draw(0, 0), image)
-        marks.append(time.perf_counter())
-        for name, begin, end in zip(times, marks, marks[1:], strict=False):
-            times[name].append(1e3 * (end - begin))
-    torch.set_num_threads(threads)
+    with one_thread():
+        for image in range(min(STAGE_IMAGES, len(reader))):
+            marks = [time.perf_counter()]
+            packed = reader.source.read(image)
+            marks.append(time.perf_counter())
+            rgb = reader.decode(packed)
+            marks.append(time.perf_counter())
+            reader.transform(rgb, Draw(0, 0), image)
+            marks.append(time.perf_counter())
+            for name, begin, end in zip(times, marks, marks[1:], strict=False):
+                times[name].append(1e3 * (end - begin))
     return {name: statistics.median(found) for name, found in times.items()}
 
 

@@ -134,18 +134,13 @@ def batches(
 ) -> Batches:
     """(pixels, labels) of each of this process's logical workers, of k in all, in turn, in each of
     those iterations of the epoch. At most `batch_size` images; none for an empty part."""
-    asked = requests(images, Draw(seed, epoch), workers, k, batch_size, steps)
-    return normalised(images, asked, device)
-
-
-def requests(
-    images: Part, draw: Draw, workers: Sequence[int], k: int, batch_size: int, steps: range
-) -> Iterator[Request]:
-    """What `batches` loads."""
-    permutation = order.permutation(draw.seed, draw.epoch, len(images))
-    for step in steps:
-        for worker in workers:
-            yield Request(order.part(permutation, step, batch_size * k, worker, k), draw)
+    permutation = order.permutation(seed, epoch, len(images))
+    requests = (
+        Request(order.part(permutation, step, batch_size * k, worker, k), Draw(seed, epoch))
+        for step in steps
+        for worker in workers
+    )
+    return _normalised(images, requests, device)
 
 
 def evaluation_batches(
@@ -156,16 +151,15 @@ def evaluation_batches(
     An image that cannot be read, where that is allowed, has the label UNREADABLE.
     """
     ids = order.evaluation_part(len(images), rank, size)
-    asked = (
+    requests = (
         Request(ids[first : first + batch_size], None) for first in range(0, len(ids), batch_size)
     )
-    return normalised(images, asked, device)
+    return _normalised(images, requests, device)
 
 
-def normalised(images: Part, asked: Iterator[Request], device: torch.device) -> Batches:
-    """The answers, as the model takes them."""
+def _normalised(images: Part, requests: Iterator[Request], device: torch.device) -> Batches:
     cuda = device.type == "cuda"
-    loaded = images.load(asked, pin_memory=cuda)
+    loaded = images.load(requests, pin_memory=cuda)
     normalise = images.normalisation or _identity
     if cuda:
         return _one_ahead(loaded, normalise, device)
